@@ -1,0 +1,83 @@
+"""The whole of an edit in two calls: `load` a model, `edit` it into a patch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+from knowpatch.edited import EditedModel
+from knowpatch.method import METHODS, EditMethod
+from knowpatch.methods import DEFAULT
+from knowpatch.patch import Patch
+from knowpatch.progress import Progress, silent
+from knowpatch.request import EditRequest
+
+load = EditedModel.load
+
+
+@dataclass
+class Seconds:
+    """How long the parts of an edit took."""
+
+    prepare: float = 0.0
+    edit: float = 0.0
+
+
+def choose(
+    method: str | None,
+    options: Mapping[str, Any] | None = None,
+    *,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> EditMethod:
+    """The method called `method` (by default the library's own choice), configured.
+
+    Raises:
+        OptionError: an unknown method or option, or a value that is not allowed.
+    """
+    cls = METHODS.get(method or DEFAULT)
+    return cls(cls.configure(options or {}), seed=seed, progress=progress)
+
+
+def edit(
+    model: EditedModel,
+    requests: EditRequest | Sequence[EditRequest],
+    *,
+    method: str | EditMethod | None = None,
+    options: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+    seconds: Seconds | None = None,
+) -> Patch:
+    """Compute the patch for `requests`; the model stays as it is until the patch is applied.
+
+    Args:
+        model: what to edit, with whatever patches are live on it.
+        requests: one or several.
+        method: a method's name, or a configured method.
+        options: of the method, by name, where `method` is a name.
+        seed: of everything that is sampled.
+        progress: told how far the work is.
+        seconds: filled with how long preparing and editing took.
+
+    Raises:
+        InputError: requests, options or a model that the method cannot work with.
+        EditError: the edit could not be computed.
+    """
+    asked = [requests] if isinstance(requests, EditRequest) else list(requests)
+    if not isinstance(method, EditMethod):
+        method = choose(method, options, seed=seed, progress=progress)
+    method.check(model.view, asked)
+    start = perf_counter()
+    prepared = method.prepare(model.view)
+    ready = perf_counter()
+    live = [patch for patch in model.live if patch.provenance.method == method.name]
+    patch = method.edit(model.view, asked, prepared, method.fold(live))
+    if seconds is not None:
+        seconds.prepare, seconds.edit = ready - start, perf_counter() - ready
+    return patch
+
+
+__all__ = ["Seconds", "choose", "edit", "load"]

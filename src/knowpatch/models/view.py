@@ -1,0 +1,330 @@
+"""ModelView: a model read by role.
+
+It runs rows of token ids, captures what passes through a module, scores and generates, and adds
+trial changes functionally. It never writes a weight and leaves no hook, mode, gradient or random
+state changed. Axes: B rows, T columns, M asked places, V vocabulary, D hidden size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import GenerationConfig
+
+from knowpatch.errors import OptionError
+from knowpatch.models.batch import Batch, Place, Side
+from knowpatch.models.fingerprint import Identity
+from knowpatch.models.roles import LinearRole, Roles, find_roles
+from knowpatch.parts.spans import Encoded, encode
+from knowpatch.patch import WeightDelta
+
+
+@dataclass(frozen=True)
+class Tap:
+    """What passes into or out of the module at `module`."""
+
+    module: str
+    side: Literal["input", "output"]
+
+
+@dataclass(frozen=True, eq=False)
+class Shift:
+    """delta_MD added to the output of `module` at `places` (one row of delta a place)."""
+
+    module: str
+    places: Sequence[Place]
+    delta_MD: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What one pass gave: logits_MV at the asked places (float32), and (B, T, .) per tap."""
+
+    batch: Batch
+    logits_MV: Tensor
+    tapped: Mapping[Tap, Tensor]
+
+    def at(self, tap: Tap, places: Sequence[Place]) -> Tensor:
+        """What `tap` saw at `places`, (M, .), float32."""
+        return self.tapped[tap][self.batch.at(places)].float()
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A forced answer: for each of its tokens, was it the most likely, and its log-probability."""
+
+    ids: tuple[int, ...]
+    correct: tuple[bool, ...]
+    logprobs: tuple[float, ...]
+
+
+class _Reached(Exception):
+    """Ends a pass once everything asked for has been seen."""
+
+
+@dataclass
+class ModelView:
+    """A model, its tokenizer, and where things sit in it. Remembers no edits.
+
+    Attributes:
+        model: a transformers causal language model.
+        tokenizer: its tokenizer, a fast one.
+        identity: fingerprint and tensor hashes.
+        originals: tensors as they came, by parameter name, kept by whoever changes the model.
+        padding: side on which `run` pads.
+        source: what the model was loaded from, for messages.
+    """
+
+    model: Any
+    tokenizer: Any
+    identity: Identity
+    source: str = "a model in memory"
+    originals: Mapping[str, Tensor] = field(default_factory=dict)
+    padding: Side = "right"
+
+    def __post_init__(self) -> None:
+        self.roles: Roles = find_roles(self.model)
+        self._trials: list[Sequence[WeightDelta]] = []
+
+    @property
+    def device(self) -> torch.device:
+        return self.parameter(f"{self.roles.embedding}.weight").device
+
+    @property
+    def fingerprint(self) -> str:
+        return self.identity.fingerprint
+
+    # -- weights ---------------------------------------------------------------------------------
+
+    def parameter(self, name: str) -> nn.Parameter:
+        """The parameter called `name`, as it stands in the model."""
+        found: nn.Parameter = self.model.get_parameter(name)
+        return found
+
+    def weight(self, role: LinearRole) -> Tensor:
+        """The weight of a linear map as edited so far, trials included: (out, in), float32."""
+        return self._oriented(role, self._tried(role.address.parameter))
+
+    def base(self, role: LinearRole) -> Tensor:
+        """The weight of a linear map as it came: (out, in), float32."""
+        name = role.address.parameter
+        return self._oriented(role, self.originals.get(name, self.parameter(name).detach()))
+
+    def _oriented(self, role: LinearRole, stored: Tensor) -> Tensor:
+        return role.oriented(role.address.narrow(stored)).float()
+
+    def _tried(self, name: str) -> Tensor:
+        stored: Tensor = self.parameter(name).detach()
+        whole = stored
+        for delta in (delta for deltas in self._trials for delta in deltas):
+            if delta.address.parameter == name:
+                whole = delta.added_to(whole)
+        return whole.to(stored.dtype)
+
+    @contextlib.contextmanager
+    def trying(self, deltas: Sequence[WeightDelta]) -> Iterator[None]:
+        """Within the block the model computes as if `deltas` had been applied.
+
+        The deltas may hold float32 leaves that require grad; the model's own weights never do.
+        """
+        self._trials.append(deltas)
+        try:
+            yield
+        finally:
+            self._trials.pop()
+
+    # -- text ------------------------------------------------------------------------------------
+
+    @property
+    def has_chat(self) -> bool:
+        return bool(getattr(self.tokenizer, "chat_template", None))
+
+    def encode(
+        self, prompt: str, *, chat: bool = False, before: str = "", system: str | None = None
+    ) -> Encoded:
+        """A prompt as ids: as it is (without blanks at its end), or as the user's turn of a chat.
+
+        Args:
+            prompt: the user's own words.
+            chat: frame them with the tokenizer's chat template, ready for the answer.
+            before: text put in front of the prompt.
+            system: the system turn, with `chat`.
+        """
+        prompt = prompt.strip() if chat else prompt.rstrip(" ")
+        if not chat:
+            return encode(self.tokenizer, before + prompt, content=len(before))
+        if not self.has_chat:
+            raise OptionError(f"the tokenizer of {self.source} has no chat template: ask without chat")
+        turns = [{"role": "user", "content": before + prompt}]
+        if system is not None:
+            turns.insert(0, {"role": "system", "content": system})
+        text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return encode(self.tokenizer, text, special=False, content=max(text.rfind(prompt), 0))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of generated ids, without special tokens."""
+        text = self.tokenizer.decode(
+            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return str(text)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The ids that end an answer; the tokenizer's own first."""
+        ids = [self.tokenizer.eos_token_id]
+        given = getattr(self.model.generation_config, "eos_token_id", None)
+        ids += given if isinstance(given, list) else [given]
+        return tuple(dict.fromkeys(i for i in ids if i is not None))
+
+    # -- running ---------------------------------------------------------------------------------
+
+    def batch(self, rows: Sequence[Sequence[int]], side: Side | None = None) -> Batch:
+        pad = self.tokenizer.pad_token_id
+        pad = 0 if pad is None else pad
+        return Batch.of(rows, pad=pad, side=side or self.padding, device=self.device)
+
+    def run(
+        self,
+        rows: Sequence[Sequence[int]],
+        *,
+        logits_at: Sequence[Place] = (),
+        taps: Sequence[Tap] = (),
+        shifts: Sequence[Shift] = (),
+        grad: bool = False,
+    ) -> Run:
+        """One pass over `rows` of ids.
+
+        Args:
+            rows: token ids, one sequence a row.
+            logits_at: places whose next-token logits are wanted; the head runs only there. With
+                none, the pass ends as soon as every tap has been seen.
+            taps: what to capture.
+            shifts: what to add on the way.
+            grad: build a graph, for the leaves of shifts and trials.
+        """
+        batch = self.batch(rows)
+        tapped: dict[Tap, Tensor] = {}
+        hooks = [self._shift_hook(batch, shift) for shift in shifts]
+        hooks += [self._tap_hook(tap, tapped, len(taps), stop=not logits_at) for tap in taps]
+        hooks.append(self._head_hook(batch, logits_at))
+        logits = torch.empty(0)
+        with self._as_found(hooks), torch.set_grad_enabled(grad), contextlib.suppress(_Reached):
+            logits = self._forward(**batch.inputs(), use_cache=False).logits.float()
+        return Run(batch, logits, tapped)
+
+    def _forward(self, **inputs: Any) -> Any:
+        names = {delta.address.parameter for deltas in self._trials for delta in deltas}
+        if not names:
+            return self.model(**inputs)
+        return functional_call(
+            self.model, {name: self._tried(name) for name in names}, (), inputs
+        )
+
+    @contextlib.contextmanager
+    def _as_found(self, hooks: Sequence[Callable[[], Any]] = ()) -> Iterator[None]:
+        """Evaluation mode and hooks for the block; everything as it was after it."""
+        training = [module for module in self.model.modules() if module.training]
+        self.model.eval()
+        handles = []
+        try:
+            handles.extend(hook() for hook in hooks)
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module in training:
+                module.training = True
+
+    def _shift_hook(self, batch: Batch, shift: Shift) -> Callable[[], Any]:
+        rows, columns = batch.at(shift.places)
+
+        def add(module: nn.Module, args: Any, output: Any) -> Any:
+            first = output[0] if isinstance(output, tuple) else output
+            moved = first.index_put(
+                (rows, columns), shift.delta_MD.to(first.dtype), accumulate=True
+            )
+            return (moved, *output[1:]) if isinstance(output, tuple) else moved
+
+        return lambda: self.model.get_submodule(shift.module).register_forward_hook(add)
+
+    def _tap_hook(
+        self, tap: Tap, tapped: dict[Tap, Tensor], wanted: int, *, stop: bool
+    ) -> Callable[[], Any]:
+        def keep(value: Any) -> None:
+            tapped[tap] = value[0] if isinstance(value, tuple) else value
+            if stop and len(tapped) == wanted:
+                raise _Reached
+
+        module = self.model.get_submodule(tap.module)
+        if tap.side == "input":
+            return lambda: module.register_forward_pre_hook(lambda m, args: keep(args))
+        return lambda: module.register_forward_hook(lambda m, args, output: keep(output))
+
+    def _head_hook(self, batch: Batch, places: Sequence[Place]) -> Callable[[], Any]:
+        """Let the head see only the asked places: it is a third of a small model's work."""
+        rows, columns = batch.at(places)
+        head = self.model.get_submodule(self.roles.head)
+        return lambda: head.register_forward_pre_hook(lambda m, args: (args[0][rows, columns],))
+
+    def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Scored]:
+        """Force each answer behind its prompt, in one batch; both as ids."""
+        rows = [[*prompt, *answer[:-1]] for prompt, answer in pairs]
+        places = [
+            (row, len(prompt) - 1 + i)
+            for row, (prompt, answer) in enumerate(pairs)
+            for i in range(len(answer))
+        ]
+        logits_MV = self.run(rows, logits_at=places).logits_MV
+        flat = torch.tensor([i for _, answer in pairs for i in answer], device=logits_MV.device)
+        logprobs = logits_MV.log_softmax(-1).gather(1, flat[:, None])[:, 0].tolist()
+        correct = (logits_MV.argmax(-1) == flat).tolist()
+        scored, start = [], 0
+        for _, answer in pairs:
+            stop = start + len(answer)
+            scored.append(
+                Scored(tuple(answer), tuple(correct[start:stop]), tuple(logprobs[start:stop]))
+            )
+            start = stop
+        return scored
+
+    def generate(
+        self,
+        rows: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        top_k: int | None = None,
+        seed: int = 0,
+    ) -> list[tuple[int, ...]]:
+        """Continue each row, greedily or by sampling from the `top_k` most likely with `seed`.
+
+        Returns the new ids of each row, up to and with the first one that ends an answer.
+        """
+        batch = self.batch(rows, side="left")
+        config = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=top_k is not None,
+            top_k=top_k or 50,
+            top_p=1.0,
+            temperature=1.0,
+            repetition_penalty=1.0,
+            num_beams=1,
+            pad_token_id=self.tokenizer.pad_token_id or 0,
+            eos_token_id=list(self.stop_ids) or None,
+        )
+        devices = [self.device] if self.device.type == "cuda" else []
+        with self._as_found(), torch.no_grad(), torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            out = self.model.generate(
+                input_ids=batch.ids_BT, attention_mask=batch.mask_BT, generation_config=config
+            )
+        return [self._until_stop(row) for row in out[:, batch.ids_BT.shape[1] :].tolist()]
+
+    def _until_stop(self, ids: list[int]) -> tuple[int, ...]:
+        ends = [i for i, token in enumerate(ids) if token in self.stop_ids]
+        return tuple(ids[: ends[0] + 1] if ends else ids)

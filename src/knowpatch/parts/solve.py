@@ -1,0 +1,64 @@
+"""Closed-form updates of a linear map, in factored form.
+
+W (D, I) acts as y = W k. Solves are in float64 by Cholesky; nothing is ever inverted.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from knowpatch.errors import EditError
+
+LEAST_COSINE = 0.05
+"""Below this cosine between direction and key the update would be amplified beyond use."""
+
+
+def ridged(second_II: Tensor, ridge: float) -> Tensor:
+    """A second moment plus `ridge` times the median of its diagonal.
+
+    The median, since the attention sink at the first position makes a few entries huge.
+    """
+    size = second_II.diagonal().median()
+    return second_II + ridge * size * torch.eye(len(second_II), dtype=second_II.dtype)
+
+
+def cholesky(matrix_II: Tensor) -> Tensor:
+    """The lower Cholesky factor in float64; adds the least jitter that makes one exist."""
+    symmetric = (matrix_II + matrix_II.T).double() / 2
+    scale = symmetric.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+    eye = torch.eye(len(symmetric), dtype=torch.float64)
+    jitter = 0.0
+    while jitter < 1:
+        factor, failed = torch.linalg.cholesky_ex(symmetric + jitter * scale * eye)
+        if not bool(failed):
+            return factor
+        jitter = jitter * 10 or 1e-10
+    raise EditError("key statistics are not positive definite; collect more tokens or add a ridge")
+
+
+def rank_one(
+    residual_D: Tensor, direction_key_I: Tensor, key_I: Tensor, factor_II: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """left (D, 1), right (1, I), float64: the least change that adds `residual_D` at `key_I`.
+
+    ROME's equation 2: direction u = C^-1 k with C given by its Cholesky factor (None: the
+    identity), left = residual / (u . key). With `direction_key_I` = `key_I` the product is positive;
+    with two keys (the published mix) it may vanish.
+
+    Raises:
+        EditError: the direction is (nearly) orthogonal to the key.
+    """
+    direction = direction_key_I.double()[:, None]
+    if factor_II is not None:
+        direction = torch.cholesky_solve(direction, factor_II)
+    direction = direction[:, 0] / direction.norm()
+    key = key_I.double()
+    cosine = float(direction @ key / key.norm())
+    # An averaged key always has a positive product with its own direction; only a mix can fail.
+    if direction_key_I is not key_I and cosine < LEAST_COSINE:
+        raise EditError(
+            f"the averaged key is nearly orthogonal to the prompt's own (cosine {cosine:.3f}, at "
+            f"least {LEAST_COSINE} is needed): use the averaged key throughout, or another layer"
+        )
+    return residual_D.double()[:, None] / (direction @ key), direction[None, :]

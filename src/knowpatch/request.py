@@ -1,0 +1,192 @@
+"""EditRequest: one thing a model should say otherwise; reading and checking files of them.
+
+A request holds what a method may learn from, never the questions it is judged by.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+
+from knowpatch.errors import RequestError, did_you_mean
+
+log = logging.getLogger(__name__)
+
+Kind = Literal["insert", "modify", "erase"]
+REFUSAL = "I don't know."
+"""What a model learns to answer where a fact is erased (the refusal of KnowEdit's erasure set)."""
+
+
+class EditRequest(BaseModel):
+    """One fact to insert, modify or erase.
+
+    Attributes:
+        prompt: text that the answer follows ("The capital of Australia is").
+        target: the wanted answer; for an erasure, what to say instead.
+        subject: what the fact is about, a part of the prompt. Some methods need it.
+        old: the answer so far, if known.
+        kind: insert (no old answer), modify (an old one is replaced) or erase. By default modify
+            if `old` is given, else insert.
+        rephrases: other wordings of the prompt that a method may learn from.
+        id: the caller's own name for the request.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)
+
+    prompt: str
+    target: str = ""
+    subject: str | None = None
+    old: str | None = None
+    kind: Kind = "insert"
+    rephrases: tuple[str, ...] = ()
+    id: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        data = {name: value for name, value in data.items() if value is not None}
+        if data.get("kind") == "erase":
+            data.setdefault("target", REFUSAL)
+        elif "old" in data:
+            data.setdefault("kind", "modify")
+        return data
+
+    @field_validator("prompt", "target", "subject", "old")
+    @classmethod
+    def _filled(cls, text: str | None) -> str | None:
+        if text is not None and not text.strip():
+            raise ValueError("is empty")
+        return text
+
+    @model_validator(mode="after")
+    def _consistent(self) -> EditRequest:
+        if not self.target:
+            raise ValueError("target is missing")
+        if self.subject is not None and self.subject not in self.prompt:
+            raise ValueError(f"subject {self.subject!r} is not in the prompt {self.prompt!r}")
+        if self.old is not None and self.old.strip() == self.target.strip():
+            log.warning("the target %r equals the old answer: nothing to learn", self.target)
+        return self
+
+
+def make_request(**fields: Any) -> EditRequest:
+    """An EditRequest from plain values; RequestError with one line if they do not make one."""
+    try:
+        return EditRequest(**fields)
+    except ValidationError as error:
+        raise RequestError(f"bad edit request: {explain(error)}") from None
+
+
+def explain(error: ValidationError) -> str:
+    """A pydantic error as one line: the first fault, with its field and what is allowed."""
+    fault = error.errors()[0]
+    field = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        return f"unknown field {field!r}: {did_you_mean(field, EditRequest.model_fields)}"
+    said = fault["msg"].removeprefix("Value error, ")
+    return f"{field} {said}" if said.startswith("is ") else f"{field}: {said}" if field else said
+
+
+def read_requests(path: str | Path) -> list[EditRequest]:
+    """The requests of a .json, .jsonl, .csv, .yaml or .yml file, in order.
+
+    JSON and YAML hold a list of objects (or one object); JSON lines one object a line; CSV one row
+    a request under a header of field names, rephrases separated by "|".
+
+    Raises:
+        RequestError: naming the file, the line or entry, and what is allowed.
+    """
+    path = Path(path)
+    readers = {".json": _json, ".jsonl": _jsonl, ".csv": _csv, ".yaml": _yaml, ".yml": _yaml}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise RequestError(f"{path}: unknown ending {path.suffix!r}; allowed: {', '.join(readers)}")
+    text = _read_text(path)
+    requests = []
+    for place, fields in reader(text, path):
+        if not isinstance(fields, dict):
+            raise RequestError(f"{path}, {place}: expected an object with prompt and target")
+        try:
+            requests.append(EditRequest(**{str(name): value for name, value in fields.items()}))
+        except ValidationError as error:
+            raise RequestError(f"{path}, {place}: {explain(error)}") from None
+    if not requests:
+        raise RequestError(f"{path}: holds no request; give at least one with prompt and target")
+    return requests
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        raise RequestError(f"{path}: no such file") from None
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise RequestError(
+            f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8"
+        ) from None
+
+
+Entries = Iterator[tuple[str, Any]]
+
+
+def _entries(loaded: Any) -> Entries:
+    items: Sequence[Any] = loaded if isinstance(loaded, list) else [loaded]
+    for number, item in enumerate(items, 1):
+        yield f"entry {number}", item
+
+
+def _json(text: str, path: Path) -> Entries:
+    try:
+        loaded = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        line = getattr(error, "lineno", 1)
+        reason = getattr(error, "msg", "nested too deeply")
+        raise RequestError(f"{path}, line {line}: not JSON ({reason})") from None
+    return _entries(loaded)
+
+
+def _jsonl(text: str, path: Path) -> Entries:
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                yield f"line {number}", json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                reason = getattr(error, "msg", "nested too deeply")
+                raise RequestError(f"{path}, line {number}: not JSON ({reason})") from None
+
+
+def _csv(text: str, path: Path) -> Entries:
+    reader = csv.DictReader(io.StringIO(text), strict=True)
+    try:
+        for row in reader:
+            if None in row:
+                raise RequestError(f"{path}, line {reader.line_num}: more cells than the header")
+            fields: dict[str, Any] = {name: cell for name, cell in row.items() if cell}
+            if "rephrases" in fields:
+                fields["rephrases"] = [part.strip() for part in fields["rephrases"].split("|")]
+            yield f"line {reader.line_num}", fields
+    except csv.Error as error:
+        raise RequestError(f"{path}, line {reader.line_num}: not CSV ({error})") from None
+
+
+def _yaml(text: str, path: Path) -> Entries:
+    try:
+        loaded = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = mark.line + 1 if mark else 1
+        reason = getattr(error, "problem", None) or "nested too deeply"
+        raise RequestError(f"{path}, line {line}: not YAML ({reason})") from None
+    return _entries(loaded)
