@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from knowpatch.editing import edit as edit
     from knowpatch.editing import load as load
     from knowpatch.errors import KnowpatchError as KnowpatchError
+    from knowpatch.method import METHODS as METHODS
     from knowpatch.method import EditMethod as EditMethod
     from knowpatch.method import MethodConfig as MethodConfig
-    from knowpatch.method import METHODS as METHODS
     from knowpatch.method import register as register
     from knowpatch.patch import Patch as Patch
     from knowpatch.request import EditRequest as EditRequest

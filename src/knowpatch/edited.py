@@ -11,13 +11,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from knowpatch.errors import ForeignModelError, OptionError, PatchError
+from knowpatch.files import replacing
 from knowpatch.models import load as load_model
+from knowpatch.models.fingerprint import tensor_digest
+from knowpatch.models.gguf import quiet_transformers
 from knowpatch.models.view import ModelView
 from knowpatch.parts.rules import check_rule, render
 from knowpatch.parts.spans import Encoded
@@ -39,18 +43,6 @@ class EditedModel:
         self._wide: dict[str, Tensor] = {}
         self._canonical = _canonical_names(view.model)
         view.originals = self._base
-
-    @classmethod
-    def load(
-        cls,
-        name: str | None = None,
-        *,
-        device: str = "auto",
-        dtype: str = "auto",
-        progress: Progress = silent,
-    ) -> EditedModel:
-        """Load a model to edit: a hub id, a folder, a GGUF file, or None for the bundled one."""
-        return cls(load_model.load(name, device=device, dtype=dtype, progress=progress))
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any) -> EditedModel:
@@ -87,7 +79,9 @@ class EditedModel:
             return out
         mask = kwargs.pop("attention_mask", None)
         mask = torch.ones_like(input_ids) if mask is None else mask
-        texts = [self.view.decode(r[m.bool()].tolist()) for r, m in zip(input_ids, mask, strict=True)]
+        texts = [
+            self.view.decode(r[m.bool()].tolist()) for r, m in zip(input_ids, mask, strict=True)
+        ]
         batch = self.view.batch([self.encode(text).ids for text in texts], side="left")
         out = self.view.model.generate(batch.ids_BT, attention_mask=batch.mask_BT, **kwargs)
         new = out[:, batch.ids_BT.shape[1] :]
@@ -175,6 +169,34 @@ class EditedModel:
         """Compute as if `deltas` had been applied, without writing a weight."""
         return self.view.trying(deltas)
 
+    def save(self, folder: str | Path, *, progress: Progress = silent) -> Path:
+        """Write the model with its live weight changes as a folder that transformers loads.
+
+        Written beside and renamed, so that no half-written folder is ever left.
+
+        Raises:
+            PatchError: a live patch holds a prompt rule, which merged weights cannot carry.
+        """
+        for patch in self._live:
+            if patch.rule is not None:
+                raise PatchError(
+                    f"patch {patch.id[:12]} ({patch.provenance.method}) is a prompt rule and "
+                    "changes no weight: it cannot be merged; "
+                    "put its text in front of your prompts instead"
+                )
+        folder = Path(folder)
+        stage = f"writing {folder.name}"
+        with replacing(folder, folder=True) as temporary, quiet_transformers():
+            progress(stage, 0, 1)
+            self.view.model.save_pretrained(temporary)
+            self.view.tokenizer.save_pretrained(temporary)
+            progress(stage, 1, 1)
+        return folder
+
+    def digests(self, patch: Patch) -> dict[str, str]:
+        """The hashes of the tensors that `patch` touches, as they stand now."""
+        return {name: tensor_digest(self.view.parameter(name)) for name in self._touched(patch)}
+
     # -- the fold ----------------------------------------------------------------------------------
 
     def _touched(self, patch: Patch) -> list[str]:
@@ -226,7 +248,9 @@ class EditedModel:
         if name not in self._canonical:
             raise PatchError(f"the patch changes {name!r}, which {self.view.source} does not have")
         delta.check(tuple(self.view.parameter(name).shape))
-        shared = [other for other, first in self._canonical.items() if first == self._canonical[name]]
+        shared = [
+            other for other, first in self._canonical.items() if first == self._canonical[name]
+        ]
         if len(shared) > 1 and name not in tied:
             raise PatchError(
                 f"{name} is tied ({' = '.join(shared)}): changing it changes all of them; "
@@ -235,8 +259,8 @@ class EditedModel:
         stored = self.view.identity.stored_digest(name)
         if delta.base and stored and stored != delta.base:
             raise ForeignModelError(
-                f"the stored tensor {name} of {self.view.source} ({stored[:16]}) is not the one the "
-                f"patch was made on ({delta.base[:16]})"
+                f"the stored tensor {name} of {self.view.source} ({stored[:16]}) is not the one "
+                f"the patch was made on ({delta.base[:16]})"
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -10,11 +11,60 @@ from typing import Any
 from knowpatch.edited import EditedModel
 from knowpatch.method import METHODS, EditMethod
 from knowpatch.methods import DEFAULT
+from knowpatch.models.load import load as load_view
+from knowpatch.models.roles import ROLES
+from knowpatch.models.view import ModelView
 from knowpatch.patch import Patch
 from knowpatch.progress import Progress, silent
 from knowpatch.request import EditRequest
 
-load = EditedModel.load
+log = logging.getLogger(__name__)
+
+
+def load(
+    name: str | None = None,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Progress = silent,
+) -> EditedModel:
+    """Load a model to edit.
+
+    Args:
+        name: a hub id, a folder, a GGUF file, or None for the bundled SmolLM2-135M-Instruct.
+        device: auto, cpu, cuda or mps.
+        dtype: auto, float32, bfloat16, or stored (as in the checkpoint).
+        progress: told how far a conversion is.
+
+    Raises:
+        ModelError: nothing there, nothing loadable, or not a decoder; OptionError: device, dtype.
+    """
+    view = load_view(name, device=device, dtype=dtype, progress=progress)
+    refused = unable(view)
+    if refused:
+        able = [name for name in METHODS.names() if name not in refused]
+        reason = next(iter(refused.values()))
+        log.warning(
+            "%s cannot be edited by %s: %s; methods that can: %s",
+            view.source,
+            ", ".join(refused),
+            reason,
+            ", ".join(able) or "none",
+        )
+    return EditedModel(view)
+
+
+def unable(view: ModelView) -> dict[str, str]:
+    """The methods that cannot edit this model as they come, with the reason."""
+    lacking = {role: view.roles.lacks(role) for role in ROLES}
+    if not any(lacking.values()):
+        return {}
+    refused = {}
+    for name in METHODS.names():
+        for role in METHODS.get(name).roles:
+            if reason := lacking[role]:
+                refused[name] = reason
+    return refused
 
 
 @dataclass
@@ -78,6 +128,3 @@ def edit(
     if seconds is not None:
         seconds.prepare, seconds.edit = ready - start, perf_counter() - ready
     return patch
-
-
-__all__ = ["Seconds", "choose", "edit", "load"]

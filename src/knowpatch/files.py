@@ -39,7 +39,9 @@ def plain_storage_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(_storage_message(path, error.errno, str(error.strerror or error))) from None
+        raise InputError(
+            _storage_message(path, error.errno, str(error.strerror or error))
+        ) from None
     except Exception as error:
         if type(error).__name__ != "SafetensorError":
             raise

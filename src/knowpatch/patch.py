@@ -120,8 +120,8 @@ class Dense:
         return tuple(self.delta.shape)
 
     @property
-    def rank(self) -> int:
-        return min(self.delta.shape, default=0)
+    def rank(self) -> None:
+        return None
 
     def added_to(self, tensor: Tensor) -> Tensor:
         return tensor + self.delta
@@ -170,7 +170,7 @@ class WeightDelta:
         given = self.change.shape(part)
         if tuple(given) != tuple(part):
             raise PatchError(
-                f"{address.parameter}: a change of shape {tuple(given)} for a slice of {tuple(part)}"
+                f"{address.parameter}: a change of shape {tuple(given)} for {tuple(part)}"
             )
 
 
@@ -228,8 +228,11 @@ class Patch:
 
     @property
     def rank(self) -> int | None:
-        """The highest rank among the deltas; None for a patch without any."""
-        return max((delta.change.rank for delta in self.deltas), default=None)
+        """The highest rank among the deltas; None without deltas, or where one has full rank."""
+        ranks = [delta.change.rank for delta in self.deltas]
+        return (
+            max((rank for rank in ranks if rank is not None), default=None) if all(ranks) else None
+        )
 
     def to_bytes(self) -> bytes:
         """The file that `save` writes; the same content gives the same bytes."""
@@ -364,5 +367,5 @@ def _check_size(path: Path) -> None:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether every number of `tensor` is finite; in pieces, so that a mapped file stays on disk."""
+    """Whether every number of `tensor` is finite; in pieces, to leave a mapped file on disk."""
     return all(bool(torch.isfinite(piece).all()) for piece in tensor.flatten().split(1 << 22))

@@ -1,4 +1,4 @@
-"""How long work tells how far it is: a function that the library calls and the command line draws."""
+"""How long work tells how far it is: the library calls a function, the command line draws."""
 
 from __future__ import annotations
 

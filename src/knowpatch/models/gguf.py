@@ -8,7 +8,7 @@ scale and a small integer is exact there and in no shorter type.
 from __future__ import annotations
 
 import contextlib
-import logging
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,6 @@ import torch
 from knowpatch.errors import ModelError
 from knowpatch.files import cache_folder, file_digest, plain_storage_errors, replacing
 from knowpatch.progress import Progress, silent
-
-log = logging.getLogger(__name__)
 
 
 def converted_folder(file: Path) -> Path:
@@ -84,7 +82,9 @@ def quiet_transformers() -> Iterator[None]:
     hf.set_verbosity_error()
     hf.disable_progress_bar()
     try:
-        yield
+        # The GGUF reader draws a bar of its own, past those settings.
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
         hf.set_verbosity(verbosity)
         if bars:

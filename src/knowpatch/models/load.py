@@ -18,7 +18,7 @@ import torch
 
 from knowpatch.errors import ModelError, OptionError, did_you_mean
 from knowpatch.models import fingerprint
-from knowpatch.models.gguf import convert, converted_folder, quiet_transformers
+from knowpatch.models.gguf import convert, quiet_transformers
 from knowpatch.models.view import ModelView
 from knowpatch.progress import Progress, silent
 
@@ -66,7 +66,7 @@ def resolve(name: str | None) -> Origin:
 
 
 def _bundled_file() -> Path:
-    """The bundled GGUF file, found without importing its package (that needs a compiled runtime)."""
+    """The bundled GGUF file, found without importing its package (which needs a runtime)."""
     spec = importlib.util.find_spec(BUNDLED_PACKAGE)
     folders = list(spec.submodule_search_locations or []) if spec else []
     for folder in folders:
@@ -91,17 +91,17 @@ def load(
         name: a hub id, a folder with safetensors weights, a GGUF file, or None for the bundled
             SmolLM2-135M-Instruct.
         device: auto (cuda, else mps, else cpu), cpu, cuda or mps.
-        dtype: auto, float32 or bfloat16. auto is bfloat16 on cuda and float32 elsewhere, unless
-            float32 would take more than half of the machine's memory.
+        dtype: auto, float32, bfloat16, or stored (as in the checkpoint). auto is bfloat16 on cuda
+            and float32 elsewhere, unless that would take more than half of the machine's memory.
         progress: told how far a conversion or download is.
 
     Raises:
         ModelError: nothing there, nothing loadable, or not a decoder; OptionError: device, dtype.
     """
-    place = _device(device)
+    place = device_for(device)
     origin = resolve(name)
     folder = _folder(origin, progress)
-    _check_folder(folder)
+    check_folder(folder)
     kind = _dtype(dtype, place, folder)
     model, tokenizer = _read(folder, kind)
     model.requires_grad_(requires_grad=False)
@@ -134,30 +134,31 @@ def _folder(origin: Origin, progress: Progress) -> Path:
 def _download(name: str) -> Path:
     """The files of a hub model, from the hub's own cache or the network."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    with refused_network():
-        try:
-            return Path(snapshot_download(name, allow_patterns=HUB_FILES))
-        except HFValidationError:
-            raise ModelError(f"{name!r} is no folder, no GGUF file and no hub id") from None
-        except (HfHubHTTPError, LocalEntryNotFoundError):
-            raise ModelError(
-                f"{name}: no such folder, and not to be had from the hub (unknown, gated or offline)"
-            ) from None
+    with plain_hub_errors(name):
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
 
 
 @contextlib.contextmanager
-def refused_network() -> Iterator[None]:
-    """A connection that fails becomes one line."""
+def plain_hub_errors(name: str) -> Iterator[None]:
+    """Whatever the hub client raises becomes one line."""
+    from huggingface_hub.errors import HFValidationError
+
     try:
         yield
-    except (OSError, RuntimeError) as error:
-        reason = str(error).split("\n")[0]
-        raise ModelError(f"the hub cannot be reached ({reason})") from None
+    except HFValidationError:
+        raise ModelError(f"{name!r} is no folder, no GGUF file and no hub id") from None
+    except (KeyboardInterrupt, MemoryError):
+        raise
+    except Exception as error:  # offline, unknown, gated, interrupted: the client has many
+        raise ModelError(
+            f"{name}: no such folder, and not to be had from the hub "
+            f"({type(error).__name__}: unknown, gated or offline)"
+        ) from None
 
 
-def _check_folder(folder: Path) -> None:
+def check_folder(folder: Path) -> None:
+    """ModelError unless `folder` holds a config and weights."""
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder}: no config.json; not a model folder")
     weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
@@ -165,7 +166,8 @@ def _check_folder(folder: Path) -> None:
         raise ModelError(f"{folder}: a model folder without weights (no *.safetensors in it)")
 
 
-def _device(name: str) -> torch.device:
+def device_for(name: str) -> torch.device:
+    """The device that `name` means here; OptionError if there is none."""
     has = {
         "cpu": True,
         "cuda": torch.cuda.is_available(),
@@ -183,12 +185,20 @@ def _device(name: str) -> torch.device:
 def _dtype(name: str, device: torch.device, folder: Path) -> torch.dtype:
     if name in DTYPES:
         return DTYPES[name]
+    if name == "stored":
+        return _stored_dtype(folder)
     if name != "auto":
         raise OptionError(f"unknown dtype {name!r}: {did_you_mean(name, ['auto', *DTYPES])}")
     if device.type == "cuda":
         return torch.bfloat16
     wide = float32_bytes(folder)
     return torch.float32 if wide <= _memory() / 2 else torch.bfloat16
+
+
+def _stored_dtype(folder: Path) -> torch.dtype:
+    config = config_of(folder)
+    found = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), torch.float32)
+    return found if isinstance(found, torch.dtype) else torch.float32
 
 
 def float32_bytes(folder: Path) -> int:
@@ -227,9 +237,6 @@ def _read(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
-
-
-__all__ = ["BUNDLED", "Origin", "converted_folder", "load", "resolve", "wrap"]
 
 
 def config_of(folder: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -131,8 +132,9 @@ def _call(model: nn.Module, name: str) -> nn.Module | None:
 
 
 def _hidden_size(model: nn.Module, default: int) -> int:
-    config = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
     size = getattr(config, "hidden_size", None)
     return size if isinstance(size, int) else default
 

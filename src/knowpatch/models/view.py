@@ -8,6 +8,7 @@ state changed. Axes: B rows, T columns, M asked places, V vocabulary, D hidden s
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -62,6 +63,16 @@ class Scored:
     ids: tuple[int, ...]
     correct: tuple[bool, ...]
     logprobs: tuple[float, ...]
+
+    @property
+    def accuracy(self) -> float:
+        """Share of tokens that were the most likely (teacher-forced token accuracy)."""
+        return sum(self.correct) / len(self.correct)
+
+    @property
+    def probability(self) -> float:
+        """Probability of the whole answer."""
+        return math.exp(sum(self.logprobs))
 
 
 class _Reached(Exception):
@@ -160,7 +171,9 @@ class ModelView:
         if not chat:
             return encode(self.tokenizer, before + prompt, content=len(before))
         if not self.has_chat:
-            raise OptionError(f"the tokenizer of {self.source} has no chat template: ask without chat")
+            raise OptionError(
+                f"the tokenizer of {self.source} has no chat template: ask without chat"
+            )
         turns = [{"role": "user", "content": before + prompt}]
         if system is not None:
             turns.insert(0, {"role": "system", "content": system})
@@ -222,16 +235,14 @@ class ModelView:
         names = {delta.address.parameter for deltas in self._trials for delta in deltas}
         if not names:
             return self.model(**inputs)
-        return functional_call(
-            self.model, {name: self._tried(name) for name in names}, (), inputs
-        )
+        return functional_call(self.model, {name: self._tried(name) for name in names}, (), inputs)
 
     @contextlib.contextmanager
     def _as_found(self, hooks: Sequence[Callable[[], Any]] = ()) -> Iterator[None]:
         """Evaluation mode and hooks for the block; everything as it was after it."""
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()
-        handles = []
+        handles: list[Any] = []
         try:
             handles.extend(hook() for hook in hooks)
             yield

@@ -131,8 +131,9 @@ def _strings(loaded: object) -> list[str]:
     """Every long string of a JSON document."""
     if isinstance(loaded, str):
         return [loaded] if len(loaded) > 100 else []
-    parts = loaded.values() if isinstance(loaded, dict) else loaded
-    return [text for part in parts for text in _strings(part)] if isinstance(loaded, dict | list) else []  # type: ignore[union-attr]
+    if isinstance(loaded, dict):
+        loaded = list(loaded.values())
+    return [text for part in loaded for text in _strings(part)] if isinstance(loaded, list) else []
 
 
 def _own_text(

@@ -55,9 +55,7 @@ def context_prefixes(
 def _sample(view: ModelView, count: int, length: int, *, seed: int) -> list[str]:
     rows = [view.encode(STARTS[i % len(STARTS)]).ids for i in range(count)]
     longest = max(len(row) for row in rows)
-    continued = view.generate(
-        rows, max_new_tokens=max(1, length - longest), top_k=TOP_K, seed=seed
-    )
+    continued = view.generate(rows, max_new_tokens=max(1, length - longest), top_k=TOP_K, seed=seed)
     texts = [[*row, *new] for row, new in zip(rows, continued, strict=True)]
     return [f"{_clean(view.decode(ids))}. " for ids in texts]
 

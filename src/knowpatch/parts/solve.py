@@ -32,7 +32,8 @@ def cholesky(matrix_II: Tensor) -> Tensor:
     while jitter < 1:
         factor, failed = torch.linalg.cholesky_ex(symmetric + jitter * scale * eye)
         if not bool(failed):
-            return factor
+            found: Tensor = factor
+            return found
         jitter = jitter * 10 or 1e-10
     raise EditError("key statistics are not positive definite; collect more tokens or add a ridge")
 
@@ -43,8 +44,8 @@ def rank_one(
     """left (D, 1), right (1, I), float64: the least change that adds `residual_D` at `key_I`.
 
     ROME's equation 2: direction u = C^-1 k with C given by its Cholesky factor (None: the
-    identity), left = residual / (u . key). With `direction_key_I` = `key_I` the product is positive;
-    with two keys (the published mix) it may vanish.
+    identity), left = residual / (u . key). With one key for both the
+    product is positive; with two (the published mix) it may vanish.
 
     Raises:
         EditError: the direction is (nearly) orthogonal to the key.

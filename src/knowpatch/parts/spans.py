@@ -39,7 +39,12 @@ def encode(tokenizer: Any, text: str, *, special: bool = True, content: int = 0)
         )
     out = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
     ids, offsets = list(out["input_ids"]), [tuple(pair) for pair in out["offset_mapping"]]
-    while ids and special and offsets[-1][0] == offsets[-1][1] and ids[-1] in tokenizer.all_special_ids:
+    while (
+        ids
+        and special
+        and offsets[-1][0] == offsets[-1][1]
+        and ids[-1] in tokenizer.all_special_ids
+    ):
         if len(ids) == 1:
             break
         ids.pop()

@@ -43,9 +43,7 @@ class Ice(EditMethod):
     def edit(
         self, view: ModelView, requests: Sequence[EditRequest], prepared: Any, state: Any
     ) -> Patch:
-        rule = facts_rule(
-            list(requests), template=self.config.template, limit=self.config.limit
-        )
+        rule = facts_rule(list(requests), template=self.config.template, limit=self.config.limit)
         return self.patch(view, requests, rule=rule)
 
     def cost(self, shape: Shape, lengths: Sequence[int]) -> Cost:

@@ -122,9 +122,7 @@ class Rome(EditMethod):
             left, right = right.T, left.T
         return LowRank(left.float().contiguous(), right.float().contiguous())
 
-    def _task(
-        self, view: ModelView, request: EditRequest, contexts: Sequence[str]
-    ) -> ValueTask:
+    def _task(self, view: ModelView, request: EditRequest, contexts: Sequence[str]) -> ValueTask:
         subject = request.subject or ""
 
         def row(encoded: Encoded, target: tuple[int, ...] = ()) -> Row:

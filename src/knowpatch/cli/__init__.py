@@ -1,0 +1,55 @@
+"""The command line: one file per verb; whatever is slow to import is imported inside the verb.
+
+Exit codes: 0 done, 1 an edit that did not take, 2 input that cannot be used (one line on stderr).
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import typer
+from typer.exceptions import TyperException
+
+from knowpatch.cli import ask, edit, methods, save
+from knowpatch.errors import KnowpatchError
+
+app = typer.Typer(
+    name="knowpatch",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Change what a language model knows, as measured, reversible, shippable patches.",
+)
+for verb in (edit, ask, methods, save):
+    app.command(verb.__name__.rpartition(".")[2])(verb.run)
+
+INTERRUPTED = 130
+"""What typer returns for Ctrl-C."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit; every error a person can cause is one line."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.addLevelName(logging.WARNING, "warning")
+    try:
+        code = app(arguments, standalone_mode=False)
+    except KnowpatchError as error:
+        _refuse(str(error))
+    except TyperException as error:
+        _refuse(" ".join(error.format_message().split()) or "nothing to do; see knowpatch --help")
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except MemoryError:
+        _refuse("out of memory; try --dtype bfloat16, fewer requests at once, or a smaller model")
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(0)
+    if code == INTERRUPTED:
+        _refuse("interrupted; no file was left half-written")
+    sys.exit(code or 0)
+
+
+def _refuse(message: str) -> None:
+    sys.stderr.write(f"knowpatch: {message}\n")
+    sys.exit(2)

@@ -1,0 +1,53 @@
+"""`knowpatch ask`: the answer without and with patches."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from knowpatch.cli import screen
+from knowpatch.cli.options import Device, Dtype, Json, Model, Patches
+
+
+def run(
+    prompt: Annotated[str, typer.Argument(help="The question, or the beginning of a text.")],
+    patch: Patches = None,
+    model: Model = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask through the chat template.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer.")] = 32,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Ask a model, without and with patches."""
+    from knowpatch.editing import load
+    from knowpatch.errors import InputError
+    from knowpatch.patch import Patch
+
+    if not prompt.strip():
+        raise InputError("the prompt is empty; give a question")
+    patches = [Patch.load(path) for path in patch or []]
+    with screen.reporting() as report:
+        edited = load(model, device=device, dtype=dtype, progress=report)
+        without = edited.ask(prompt, max_new_tokens=max_new_tokens, chat=chat)
+        with edited.applied(*patches):
+            changed = edited.ask(prompt, max_new_tokens=max_new_tokens, chat=chat)
+    if as_json:
+        screen.print_json(
+            {
+                "model": edited.view.source,
+                "prompt": prompt,
+                "patches": [item.id for item in patches],
+                "without": without,
+                "with": changed if patches else None,
+            }
+        )
+        return
+    console = screen.out()
+    console.print(f"[dim]{edited.view.source}[/]")
+    console.print("[bold]without[/]" if patches else "[bold]answer[/]")
+    console.print(without, markup=False)
+    if patches:
+        console.print("\n[bold]with " + ", ".join(item.id[:12] for item in patches) + "[/]")
+        console.print(changed, markup=False)

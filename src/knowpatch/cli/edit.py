@@ -1,0 +1,229 @@
+"""`knowpatch edit`: change a fact, and show what else moved."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from knowpatch.cli import screen
+from knowpatch.cli.options import Device, Dtype, Json, Model
+
+if TYPE_CHECKING:
+    from knowpatch.edited import EditedModel
+    from knowpatch.effects import Effect
+    from knowpatch.method import EditMethod
+    from knowpatch.patch import Patch
+    from knowpatch.request import EditRequest
+
+OLD_TOKENS = 16
+
+
+def run(
+    prompt: Annotated[
+        str | None,
+        typer.Argument(help='Text that the answer follows: "The capital of Australia is".'),
+    ] = None,
+    subject: Annotated[str | None, typer.Option(help="What it is about: Australia.")] = None,
+    target: Annotated[str | None, typer.Option(help="The wanted answer: Canberra.")] = None,
+    old: Annotated[str | None, typer.Option(help="The answer so far, if known.")] = None,
+    rephrase: Annotated[
+        list[str] | None, typer.Option(help="Another wording of the prompt; repeatable.")
+    ] = None,
+    erase: Annotated[
+        bool, typer.Option("--erase", help="Make the model say that it does not know.")
+    ] = False,
+    requests_file: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="FILE", help="Many requests: json, jsonl, csv or yaml."),
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="See: knowpatch methods.")] = None,
+    model: Model = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Edit through the chat template.")] = False,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="An option of the method; repeatable."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of everything that is sampled.")] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Patch file; by default patch-<id>.safetensors."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it would take, and do nothing.")
+    ] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Change what a model says about a fact; shows the answer and what else moved."""
+    from knowpatch.editing import Seconds, choose, load
+    from knowpatch.method import parse_options
+
+    requests = _requests(prompt, subject, target, old, rephrase, erase, requests_file)
+    options = {**parse_options(settings or []), **({"chat": True} if chat else {})}
+    chosen = choose(method, options, seed=seed)
+    _check_writable(out)
+    if dry_run:
+        from knowpatch.cli.plan import show_plan
+
+        show_plan(chosen, requests, model, device=device, dtype=dtype, as_json=as_json)
+        return
+    with screen.reporting() as report:
+        chosen.progress = report
+        start = perf_counter()
+        edited = load(model, device=device, dtype=dtype, progress=report)
+        loaded = perf_counter() - start
+        requests = _complete(edited, requests, chat=chosen.config.chat)
+        spent = Seconds()
+        result = _edit(edited, chosen, requests, spent, report, out)
+    result["seconds"] = {"load": round(loaded, 3), **result["seconds"]}
+    effects, kept = result.pop("effects"), result.pop("kept")
+    if as_json:
+        screen.print_json(result)
+    else:
+        _show(result, effects, kept)
+    raise typer.Exit(0 if result["took"] else 1)
+
+
+def _requests(
+    prompt: str | None,
+    subject: str | None,
+    target: str | None,
+    old: str | None,
+    rephrase: list[str] | None,
+    erase: bool,
+    file: Path | None,
+) -> list[EditRequest]:
+    from knowpatch.errors import RequestError
+    from knowpatch.request import make_request, read_requests
+
+    if file is not None:
+        if any(part is not None for part in (prompt, subject, target, old)) or erase or rephrase:
+            raise RequestError("give either a prompt with its options, or --from FILE, not both")
+        return read_requests(file)
+    if prompt is None:
+        raise RequestError("no prompt given; give PROMPT --subject S --target T, or --from FILE")
+    if target is None and not erase:
+        raise RequestError("no target given; give --target T, or --erase")
+    kind = {"kind": "erase"} if erase else {}
+    return [
+        make_request(
+            prompt=prompt, subject=subject, target=target, old=old, rephrases=rephrase or (), **kind
+        )
+    ]
+
+
+def _check_writable(out: Path | None) -> None:
+    """Refuse an output place before the work, not after it."""
+    from knowpatch.errors import InputError
+
+    folder = (out or Path("patch")).absolute().parent
+    if out is not None and out.is_dir():
+        raise InputError(f"{out}: is a folder; name a patch file")
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; make it first, or name another --out")
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"{folder}: cannot be written to; name another place with --out")
+
+
+def _complete(edited: EditedModel, requests: list[EditRequest], *, chat: bool) -> list[EditRequest]:
+    """Fill in what the model says now as the old answer, where an erasure does not give it."""
+    completed = []
+    for request in requests:
+        if request.kind == "erase" and request.old is None:
+            said = edited.ask(request.prompt, max_new_tokens=OLD_TOKENS, chat=chat)
+            first = said.split("\n")[0].split(". ")[0].rstrip(".").strip()
+            request = request.model_copy(update={"old": first or None})
+        completed.append(request)
+    return completed
+
+
+def _edit(
+    edited: EditedModel,
+    method: EditMethod,
+    requests: list[EditRequest],
+    spent: Any,
+    report: Any,
+    out: Path | None,
+) -> dict[str, Any]:
+    from knowpatch.editing import edit
+    from knowpatch.effects import measure, took
+    from knowpatch.probes import derive
+
+    patch = edit(edited, requests, method=method, seconds=spent)
+    path = patch.save(out or Path(f"patch-{patch.id[:12]}.safetensors"))
+    start = perf_counter()
+    expected = [method.expected(request) for request in requests]
+    chat = method.config.chat
+    before = edited.digests(patch)
+    probes = derive(edited.view, requests, expected, chat=chat)
+    effects = measure(edited, patch, probes, progress=report)
+    results = took(effects, requests, expected, chat=chat)
+    kept = edited.digests(patch) == before
+    return {
+        "method": method.name,
+        "model": edited.view.source,
+        "took": all(results),
+        "took_each": results,
+        "patch": _facts(patch, path),
+        "seconds": {
+            "prepare": round(spent.prepare, 3),
+            "edit": round(spent.edit, 3),
+            "ask": round(perf_counter() - start, 3),
+        },
+        "restored": kept,
+        "probes": [_probe(effect) for effect in effects],
+        "effects": effects,
+        "kept": kept,
+    }
+
+
+def _facts(patch: Patch, path: Path) -> dict[str, Any]:
+    return {
+        "id": patch.id,
+        "file": str(path),
+        "bytes": path.stat().st_size,
+        "rank": patch.rank,
+    }
+
+
+def _probe(effect: Effect) -> dict[str, Any]:
+    probe = effect.probe
+    return {
+        "kind": probe.kind,
+        "prompt": probe.prompt,
+        "chat": probe.chat,
+        "request": probe.request,
+        "expected": effect.expected,
+        "before": asdict(effect.before),
+        "after": asdict(effect.after),
+    }
+
+
+def _show(result: dict[str, Any], effects: list[Effect], kept: bool) -> None:
+    """The report for a person."""
+    from knowpatch.cli.report import show_effects
+
+    console = screen.out()
+    show_effects(console, result, effects)
+    patch, spent = result["patch"], result["seconds"]
+    rank = f", rank {patch['rank']}" if patch["rank"] else ""
+    size = screen.human_bytes(patch["bytes"])
+    console.print(
+        f"patch   {patch['file']}  ({size}{rank}, id {patch['id'][:12]})",
+        soft_wrap=True,
+    )
+    console.print("time    " + ", ".join(f"{name} {value:.1f} s" for name, value in spent.items()))
+    back = "given back byte for byte" if kept else "NOT given back as it was: please report this"
+    console.print(f"model   {result['model']}, {back}; nothing but the patch file was written")
+    console.print(
+        f"next    knowpatch ask PROMPT --patch {patch['file']}", style="dim", soft_wrap=True
+    )
+    console.print(
+        f"        knowpatch save DIR --patch {patch['file']}", style="dim", soft_wrap=True
+    )

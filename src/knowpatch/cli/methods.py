@@ -1,0 +1,60 @@
+"""`knowpatch methods`: what there is to choose from, made from the registry."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from knowpatch.cli import screen
+from knowpatch.cli.options import Json
+
+
+def run(as_json: Json = False) -> None:
+    """List the editing methods, their options, and when to choose which."""
+    facts = [describe(name) for name in _names()]
+    if as_json:
+        screen.print_json(facts)
+        return
+    console = screen.out()
+    for fact in facts:
+        console.print(f"[bold]{fact['name']}[/]  {fact['summary']}")
+        console.print(f"    choose it: {fact['choose']}")
+        console.print(f"    {fact['family']}; {fact['paper']}")
+        yes = [word for word in ("batch", "sequential") if fact[word]]
+        console.print(
+            f"    needs: {', '.join(['prompt', 'target', *fact['needs']])}"
+            f"; {', '.join(yes) or 'one at a time'}; ships as: {', '.join(fact['exports'])}"
+        )
+        for option in fact["options"]:
+            default = "" if option["default"] is None else f"={option['default']}"
+            console.print(
+                f"      --set {option['name']}{default}  {option['description']}", style="dim"
+            )
+        console.print()
+
+
+def _names() -> list[str]:
+    from knowpatch.method import METHODS
+
+    return METHODS.names()
+
+
+def describe(name: str) -> dict[str, Any]:
+    """The facts of one method as plain data, options with their defaults included."""
+    from knowpatch.method import METHODS
+
+    method = METHODS.get(name)
+    return {
+        "name": method.name,
+        "family": method.family,
+        "paper": method.paper,
+        "summary": method.summary,
+        "choose": method.choose,
+        "needs": list(method.needs),
+        "batch": method.batch,
+        "sequential": method.sequential,
+        "exports": list(method.exports),
+        "options": [
+            {"name": name, "default": field.default, "description": field.description or ""}
+            for name, field in method.Config.model_fields.items()
+        ],
+    }

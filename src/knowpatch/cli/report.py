@@ -1,0 +1,71 @@
+"""The tables of `knowpatch edit`: the fix, and what else moved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from knowpatch.cli.screen import one_line
+from knowpatch.effects import Effect, moved_by_kind
+from knowpatch.probes import CONTROL, NEIGHBOUR, OUGHT_TO_STAY, SUBJECT
+
+MOST_FIXES, MOST_MOVED = 12, 8
+NAMES = {
+    SUBJECT: "the same subject, asked otherwise",
+    NEIGHBOUR: "the same prompt, other subjects",
+    CONTROL: "control prompts",
+}
+
+
+def show_effects(console: Console, result: dict[str, Any], effects: list[Effect]) -> None:
+    """Print the fix and what else moved."""
+    taken = result["took_each"]
+    verdict = "[green]the edit took[/]" if result["took"] else "[red]the edit did not take[/]"
+    if len(taken) > 1:
+        verdict += f" ({sum(taken)} of {len(taken)})"
+    console.print(f"\n[bold]{result['model']}[/], {result['method']}: {verdict}\n")
+    _fixes(console, [e for e in effects if e.probe.kind not in OUGHT_TO_STAY])
+    _moved(console, effects)
+
+
+def _fixes(console: Console, effects: list[Effect]) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("", "asked", "before", "after", "accuracy", "probability"):
+        table.add_column(name, justify="right" if name in ("accuracy", "probability") else "left")
+    for effect in effects[:MOST_FIXES]:
+        probe, before, after = effect.probe, effect.before, effect.after
+        table.add_row(
+            probe.kind + (" (chat)" if probe.chat else ""),
+            one_line(probe.prompt, 44),
+            one_line(before.text, 24),
+            one_line(after.text, 24),
+            f"{before.accuracy:.2f} → {after.accuracy:.2f}",
+            f"{before.probability:.2f} → {after.probability:.2f}",
+        )
+    console.print(table)
+    if len(effects) > MOST_FIXES:
+        console.print(f"... and {len(effects) - MOST_FIXES} more (--json has all)", style="dim")
+
+
+def _moved(console: Console, effects: list[Effect]) -> None:
+    console.print("\n[bold]What else moved[/] (answers that are not the same text any more)")
+    for kind, (moved, total) in moved_by_kind(effects).items():
+        if total:
+            console.print(f"  {NAMES[kind]:<36} {moved:>3} of {total}")
+    others = [e for e in effects if e.probe.kind in OUGHT_TO_STAY and e.moved]
+    if others:
+        table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 2))
+        # The least certain first: where the old answer lost most.
+        for effect in sorted(others, key=lambda e: e.after.accuracy)[:MOST_MOVED]:
+            table.add_row(
+                one_line(effect.probe.prompt, 44),
+                one_line(effect.before.text, 28),
+                "→",
+                one_line(effect.after.text, 28),
+            )
+        console.print(table, style="dim")
+    if len(others) > MOST_MOVED:
+        console.print(f"    ... and {len(others) - MOST_MOVED} more (--json has all)", style="dim")
+    console.print()

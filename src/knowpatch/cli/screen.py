@@ -1,0 +1,58 @@
+"""How the command line draws: progress on stderr, tables and JSON on stdout."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from knowpatch.progress import Progress as Report
+
+
+def out() -> Console:
+    """The console for results; wide enough for a table where there is no terminal."""
+    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+
+
+def print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def reporting() -> Iterator[Report]:
+    """A progress reporter that draws one line per stage on stderr."""
+    console = Console(file=sys.stderr)
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, redirect_stderr=False) as bars:
+        stages: dict[str, TaskID] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in stages:
+                if not console.is_terminal:
+                    console.print(f"{stage} ...")
+                stages[stage] = bars.add_task(stage, total=total)
+            bars.update(stages[stage], completed=done, total=total)
+            if done >= total:
+                bars.remove_task(stages.pop(stage))
+
+        yield report
+
+
+def one_line(text: str, limit: int = 48) -> str:
+    """A text for a table cell: one line, cut, with markup escaped."""
+    flat = " ".join(text.split())
+    return escape(flat if len(flat) <= limit else f"{flat[: limit - 1]}…")
+
+
+def human_bytes(count: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            break
+        count /= 1000
+    return f"{count:.0f} {unit}" if unit in ("bytes", "kB") else f"{count:.1f} {unit}"
