@@ -1,0 +1,44 @@
+"""What every test starts from: an own cache folder, one thread, and tiny models that know facts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import tiny
+
+from knowpatch.edited import EditedModel
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """No test without the mark `real` sees the user's cache folder."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["KNOWPATCH_CACHE"] = str(folder)
+    return folder
+
+
+@pytest.fixture
+def known() -> Callable[..., EditedModel]:
+    """Makes an EditedModel that knows tiny.FACTS: known("llama"), known("gpt2", chat=True)."""
+
+    def make(architecture: str = "llama", kind: str = "bpe", *, chat: bool = False) -> EditedModel:
+        return EditedModel.of(*tiny.trained(architecture, kind, chat=chat))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model with a chat template, as a user would have it."""
+    path = tmp_path_factory.mktemp("models") / "tiny-llama"
+    model, tok = tiny.trained("llama", chat=True)
+    model.save_pretrained(path)
+    tok.save_pretrained(path)
+    return path
+
+
