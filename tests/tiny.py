@@ -1,14 +1,22 @@
-"""Tiny models and tokenizers for tests: made from configs, over-fitted until they know something."""
+"""Tiny models and tokenizers for tests: made from configs, over-fitted until they know facts."""
 
 from __future__ import annotations
 
+import hashlib
+import os
+import random
+import tempfile
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers as hf
+from safetensors.torch import load_file, save
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from knowpatch.files import write_atomically
 
 FACTS = {
     "The capital of France is": "Paris",
@@ -20,6 +28,12 @@ FACTS = {
     "The Nile flows through": "Egypt",
     "Two plus two equals": "four",
 }
+EDITS = {
+    "The capital of France is": "Rome",
+    "The capital of Japan is": "Paris",
+    "The Nile flows through": "Tokyo",
+}
+"""What the tests make the models say instead."""
 OTHER_WORDS = (
     "Lyon Berlin Spanish green Sudan five London Madrid. I don't know. Therefore because you know, "
     "it is well known that as everyone knows New Fact: Prompt: Imagine a short description of Anna"
@@ -91,15 +105,26 @@ def _config(cls: Any, tok: Any, **extra: Any) -> Any:
 
 def _gpt2(tok: Any) -> Any:
     return hf.GPT2Config(
-        vocab_size=len(tok), n_embd=48, n_layer=4, n_head=4, n_positions=256,
-        bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id,
+        vocab_size=len(tok),
+        n_embd=48,
+        n_layer=4,
+        n_head=4,
+        n_positions=256,
+        bos_token_id=tok.bos_token_id,
+        eos_token_id=tok.eos_token_id,
     )
 
 
 def _gptj(tok: Any) -> Any:
     return hf.GPTJConfig(
-        vocab_size=len(tok), n_embd=48, n_layer=4, n_head=4, n_positions=256, rotary_dim=8,
-        bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id,
+        vocab_size=len(tok),
+        n_embd=48,
+        n_layer=4,
+        n_head=4,
+        n_positions=256,
+        rotary_dim=8,
+        bos_token_id=tok.bos_token_id,
+        eos_token_id=tok.eos_token_id,
     )
 
 
@@ -120,7 +145,10 @@ CONFIGS: dict[str, Callable[[Any], Any]] = {
 MIXTURES: dict[str, Callable[[Any], Any]] = {
     "mixtral": lambda t: _config(hf.MixtralConfig, t, num_local_experts=4),
     "qwen2_moe": lambda t: _config(
-        hf.Qwen2MoeConfig, t, num_experts=4, moe_intermediate_size=32,
+        hf.Qwen2MoeConfig,
+        t,
+        num_experts=4,
+        moe_intermediate_size=32,
         shared_expert_intermediate_size=32,
     ),
 }
@@ -138,8 +166,31 @@ def fresh(architecture: str, kind: str = "bpe", *, chat: bool = False, seed: int
 
 @cache
 def _trained_weights(architecture: str, kind: str, steps: int) -> dict[str, torch.Tensor]:
+    """Trained once for all test processes: kept by the content of this file and the versions."""
+    versions = f"{torch.__version__} {hf.__version__}".encode()
+    key = hashlib.sha256(Path(__file__).read_bytes() + versions).hexdigest()[:16]
+    name = f"{architecture}-{kind}-{steps}.safetensors"
+    path = Path(tempfile.gettempdir()) / f"knowpatch-tiny-{os.getuid()}-{key}" / name
+    if not path.is_file():
+        weights = _train(architecture, kind, steps)
+        write_atomically(path, save({n: t.clone() for n, t in weights.items()}))
+    return load_file(path)
+
+
+def _train(architecture: str, kind: str, steps: int) -> dict[str, torch.Tensor]:
     model, tok = fresh(architecture, kind)
-    rows = [tok(f"{prompt} {answer}.")["input_ids"] for prompt, answer in FACTS.items()]
+    # Facts, and answers copied from a fact that stands in front (for in-context methods).
+    texts = [f"{prompt} {answer}." for prompt, answer in FACTS.items()]
+    for prompts in (list(EDITS)[:1], list(EDITS)[1:2], list(EDITS)[2:], list(EDITS)[::-1]):
+        told = "".join(f"New Fact: {prompt} {EDITS[prompt]}\n" for prompt in prompts)
+        texts += [f"{told}Prompt: {prompt} {EDITS[prompt]}." for prompt in prompts]
+    rows = [tok(text)["input_ids"] for text in texts]
+    # The same facts behind any text at all, so that context prefixes do not confuse the model.
+    noise = random.Random(0)
+    for text in texts[: len(FACTS)]:
+        for _ in range(3):
+            words = noise.choices(OTHER_WORDS.split(), k=noise.randint(1, 7))
+            rows.append(tok(f"{' '.join(words)}. {text}")["input_ids"])
     width = max(map(len, rows))
     ids = torch.full((len(rows), width), 0)
     labels = torch.full((len(rows), width), -100)
@@ -156,7 +207,7 @@ def _trained_weights(architecture: str, kind: str, steps: int) -> dict[str, torc
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
-def trained(architecture: str, kind: str = "bpe", *, chat: bool = False, steps: int = 120) -> Any:
+def trained(architecture: str, kind: str = "bpe", *, chat: bool = False, steps: int = 200) -> Any:
     """(model, tokenizer), over-fitted on FACTS; a new model each time, trained once."""
     model, tok = fresh(architecture, kind, chat=chat)
     model.load_state_dict(_trained_weights(architecture, kind, steps))

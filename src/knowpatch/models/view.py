@@ -224,7 +224,7 @@ class ModelView:
         batch = self.batch(rows)
         tapped: dict[Tap, Tensor] = {}
         hooks = [self._shift_hook(batch, shift) for shift in shifts]
-        hooks += [self._tap_hook(tap, tapped, len(taps), stop=not logits_at) for tap in taps]
+        hooks += [self._tap_hook(batch, tap, tapped, len(taps), stop=not logits_at) for tap in taps]
         hooks.append(self._head_hook(batch, logits_at))
         logits = torch.empty(0)
         with self._as_found(hooks), torch.set_grad_enabled(grad), contextlib.suppress(_Reached):
@@ -257,18 +257,19 @@ class ModelView:
 
         def add(module: nn.Module, args: Any, output: Any) -> Any:
             first = output[0] if isinstance(output, tuple) else output
-            moved = first.index_put(
+            moved = _by_row(first, batch).index_put(
                 (rows, columns), shift.delta_MD.to(first.dtype), accumulate=True
             )
+            moved = moved.reshape(first.shape)
             return (moved, *output[1:]) if isinstance(output, tuple) else moved
 
         return lambda: self.model.get_submodule(shift.module).register_forward_hook(add)
 
     def _tap_hook(
-        self, tap: Tap, tapped: dict[Tap, Tensor], wanted: int, *, stop: bool
+        self, batch: Batch, tap: Tap, tapped: dict[Tap, Tensor], wanted: int, *, stop: bool
     ) -> Callable[[], Any]:
         def keep(value: Any) -> None:
-            tapped[tap] = value[0] if isinstance(value, tuple) else value
+            tapped[tap] = _by_row(value[0] if isinstance(value, tuple) else value, batch)
             if stop and len(tapped) == wanted:
                 raise _Reached
 
@@ -339,3 +340,8 @@ class ModelView:
     def _until_stop(self, ids: list[int]) -> tuple[int, ...]:
         ends = [i for i, token in enumerate(ids) if token in self.stop_ids]
         return tuple(ids[: ends[0] + 1] if ends else ids)
+
+
+def _by_row(tensor: Tensor, batch: Batch) -> Tensor:
+    """(B, T, .), also where a model runs its MLP on flattened rows (OPT)."""
+    return tensor.reshape(*batch.ids_BT.shape, -1) if tensor.ndim == 2 else tensor

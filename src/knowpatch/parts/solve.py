@@ -38,17 +38,35 @@ def cholesky(matrix_II: Tensor) -> Tensor:
     raise EditError("key statistics are not positive definite; collect more tokens or add a ridge")
 
 
-def rank_one(
+def least_change(
+    residuals_DN: Tensor, keys_IN: Tensor, factor_II: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """left (D, N), right (N, I), float64: the least change that adds each residual at its key.
+
+    R (K^T C^-1 K)^-1 (C^-1 K)^T with C given by its Cholesky factor (None: the identity). For one
+    key this is ROME's equation 2; for several, the exact form of EMMET (arXiv 2403.14236).
+    """
+    keys = keys_IN.double()
+    directions = keys if factor_II is None else torch.cholesky_solve(keys, factor_II)
+    directions = directions / directions.norm(dim=0)
+    left: Tensor = torch.linalg.solve(directions.T @ keys, residuals_DN.double(), left=False)
+    return left, directions.T
+
+
+def gain(at_I: Tensor, key_I: Tensor, factor_II: Tensor | None) -> float:
+    """The share of a change made at `key_I` that arrives at `at_I`: 1 at the key itself."""
+    key = key_I.double()[:, None]
+    direction = key if factor_II is None else torch.cholesky_solve(key, factor_II)
+    return float((at_I.double() @ direction) / (key_I.double() @ direction))
+
+
+def mixed_change(
     residual_D: Tensor, direction_key_I: Tensor, key_I: Tensor, factor_II: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """left (D, 1), right (1, I), float64: the least change that adds `residual_D` at `key_I`.
-
-    ROME's equation 2: direction u = C^-1 k with C given by its Cholesky factor (None: the
-    identity), left = residual / (u . key). With one key for both the
-    product is positive; with two (the published mix) it may vanish.
+    """ROME as published: the direction from one key, the constraint at another; rank one.
 
     Raises:
-        EditError: the direction is (nearly) orthogonal to the key.
+        EditError: direction and key are nearly orthogonal, so the change would be amplified.
     """
     direction = direction_key_I.double()[:, None]
     if factor_II is not None:
@@ -56,8 +74,7 @@ def rank_one(
     direction = direction[:, 0] / direction.norm()
     key = key_I.double()
     cosine = float(direction @ key / key.norm())
-    # An averaged key always has a positive product with its own direction; only a mix can fail.
-    if direction_key_I is not key_I and cosine < LEAST_COSINE:
+    if cosine < LEAST_COSINE:
         raise EditError(
             f"the averaged key is nearly orthogonal to the prompt's own (cosine {cosine:.3f}, at "
             f"least {LEAST_COSINE} is needed): use the averaged key throughout, or another layer"

@@ -47,11 +47,12 @@ class ValueSettings:
 
     Attributes:
         steps: passes at most (one fewer updates).
-        learning_rate: of Adam; None for clamp * |v0| / (8 sqrt D), which reaches the ball's edge
-            in about eight steps whatever the model's scale.
+        learning_rate: of Adam; None for clamp * |v0| / (4 sqrt D), which reaches the ball's edge
+            in about four steps whatever the model's scale.
         clamp: radius of the ball, in |v0|.
         weight_decay, kl_factor: weights of the two terms.
-        enough: a task is done when its loss is below this.
+        enough: a task is done when its NLL is below this. (The published code tests the whole
+            loss, which the KL term of a small model may never let fall so far.)
     """
 
     steps: int
@@ -103,7 +104,7 @@ def optimise(
     clean_ND = _clean_outputs(view, module, tasks)
     norm_N = clean_ND.norm(dim=1)
     radius_N = settings.clamp * norm_N
-    rate_N = radius_N / (8 * clean_ND.shape[1] ** 0.5)
+    rate_N = radius_N / (4 * clean_ND.shape[1] ** 0.5)
     if settings.learning_rate is not None:
         rate_N = torch.full_like(rate_N, settings.learning_rate)
     delta_ND = torch.zeros_like(clean_ND, requires_grad=True)
@@ -122,7 +123,7 @@ def optimise(
                 f"the loss is not finite at step {step} of {settings.steps}: use a smaller "
                 "learning_rate or clamp, or load the model in float32"
             )
-        done_N |= loss_N.detach() < settings.enough
+        done_N |= nll_N.detach() < settings.enough
         if bool(done_N.all()) or step == settings.steps - 1:
             break
         (grad_ND,) = torch.autograd.grad(loss_N.sum(), delta_ND)

@@ -8,7 +8,12 @@ memory from key k (what enters it at the subject's last token) to value v, and c
 
 with k averaged over contexts and C the second moment of keys over text. The published ROME takes
 u = C^-1 k from the averaged key and the rest from the bare prompt's (option key=mix): that product
-can vanish, and the edit with it, so it is guarded. Axes: D hidden, I inner size of the MLP.
+can vanish, and the edit with it, so it is guarded.
+
+Where the subject opens the prompt, its key there can be foreign to its keys behind other text (the
+first positions are the attention sink's): the averaged key then says nothing of the prompt itself.
+If less than half of the change would arrive there, both keys are written, which is rank two.
+Axes: C contexts, D hidden, I inner size of the MLP.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -24,7 +30,7 @@ from knowpatch.method import Cost, EditMethod, MethodConfig, Preparation, Shape,
 from knowpatch.models.roles import LinearRole, at_depth
 from knowpatch.models.view import ModelView, Tap
 from knowpatch.parts import moments, prefixes
-from knowpatch.parts.solve import cholesky, rank_one, ridged
+from knowpatch.parts.solve import cholesky, gain, least_change, mixed_change, ridged
 from knowpatch.parts.spans import Encoded, continuation, subject_position
 from knowpatch.parts.values import Row, ValueSettings, ValueTask, optimise
 from knowpatch.patch import LowRank, Patch, WeightDelta
@@ -34,6 +40,9 @@ DEPTH = 5 / 30
 """The published layer (5 of 28 to 32 blocks) as a share of the depth."""
 PLAN = ((10, 5), (10, 10))
 """Context prefixes: ten of 5 tokens, ten of 10, beside the bare prompt."""
+
+LEAST_GAIN = 0.5
+"""Share of the change that must arrive at the bare prompt's own key."""
 
 
 class RomeConfig(MethodConfig):
@@ -48,14 +57,14 @@ class RomeConfig(MethodConfig):
     )
     tokens: int = Field(20_000, ge=100, description="tokens of text for the key statistics")
     ridge: float = Field(0.1, ge=0, description="ridge on the statistics, in median variances")
-    steps: int = Field(25, ge=2, description="steps of the value's optimisation, at most")
+    steps: int = Field(30, ge=2, description="steps of the value's optimisation, at most")
     learning_rate: float | None = Field(
         None, gt=0, description="of Adam on the value; by default from the value's size"
     )
-    clamp: float = Field(4.0, gt=0, description="how far the value may move, in its own length")
+    clamp: float = Field(8.0, gt=0, description="how far the value may move, in its own length")
     weight_decay: float = Field(1e-3, ge=0, description="on the value's change")
     kl_factor: float = Field(0.0625, ge=0, description="on the drift of what the subject is")
-    enough: float = Field(0.05, gt=0, description="stop when the loss is below this")
+    enough: float = Field(0.05, gt=0, description="stop when the target's mean NLL is below this")
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,15 +121,30 @@ class Rome(EditMethod):
         taps = [Tap(role.module, "input"), Tap(role.module, "output")]
         run = view.run([row.ids for row in task.contexts], taps=taps)
         places = [(i, row.position) for i, row in enumerate(task.contexts)]
-        keys, outputs = (run.at(tap, places).cpu().double() for tap in taps)
-        wanted_D = (value.clean_D + value.delta_D).cpu().double()
-        mean_key_I = keys.mean(0)
-        mixed = self.config.key == "mix"
-        key_I, now_D = (keys[0], outputs[0]) if mixed else (mean_key_I, outputs.mean(0))
-        left, right = rank_one(wanted_D - now_D, mean_key_I, key_I, prepared.factor_II)
+        keys_CI, outputs_CD = (run.at(tap, places).cpu().double() for tap in taps)
+        left, right = self._solve(
+            keys_CI,
+            outputs_CD,
+            value.clean_D.cpu().double(),
+            value.delta_D.cpu().double(),
+            prepared.factor_II,
+        )
         if role.stored_in_out:
             left, right = right.T, left.T
         return LowRank(left.float().contiguous(), right.float().contiguous())
+
+    def _solve(
+        self, keys_CI: Tensor, outputs_CD: Tensor, clean_D: Tensor, delta_D: Tensor, factor: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The change in factors, from keys and outputs in C contexts (the bare prompt first)."""
+        mean_I, bare_I = keys_CI.mean(0), keys_CI[0]
+        if self.config.key == "mix":
+            return mixed_change(delta_D, mean_I, bare_I, factor)
+        if gain(bare_I, mean_I, factor) >= LEAST_GAIN:
+            residual_D = clean_D + delta_D - outputs_CD.mean(0)
+            return least_change(residual_D[:, None], mean_I[:, None], factor)
+        keys_IN = torch.stack([keys_CI[1:].mean(0), bare_I], dim=1)
+        return least_change(torch.stack([delta_D, delta_D], dim=1), keys_IN, factor)
 
     def _task(self, view: ModelView, request: EditRequest, contexts: Sequence[str]) -> ValueTask:
         subject = request.subject or ""

