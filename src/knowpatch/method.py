@@ -17,10 +17,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from knowpatch import __version__
+from knowpatch.deltas import Address, Delta, WeightDelta
 from knowpatch.errors import ModelError, OptionError, RequestError, did_you_mean
 from knowpatch.models.view import ModelView
 from knowpatch.parts.spans import Encoded, continuation
-from knowpatch.patch import Address, Delta, Patch, PromptRule, Provenance, WeightDelta
+from knowpatch.patch import Patch, PromptRule, Provenance
 from knowpatch.progress import Progress, silent
 from knowpatch.registry import Registry
 from knowpatch.request import EditRequest

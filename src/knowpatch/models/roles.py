@@ -17,8 +17,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from knowpatch.deltas import Address
 from knowpatch.errors import ModelError
-from knowpatch.patch import Address
 
 ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe")

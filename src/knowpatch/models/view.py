@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import GenerationConfig
 
+from knowpatch.deltas import WeightDelta
 from knowpatch.errors import OptionError
 from knowpatch.models.batch import Batch, Place, Side
 from knowpatch.models.fingerprint import Identity
 from knowpatch.models.roles import LinearRole, Roles, find_roles
 from knowpatch.parts.spans import Encoded, encode
-from knowpatch.patch import WeightDelta
 
 
 @dataclass(frozen=True)

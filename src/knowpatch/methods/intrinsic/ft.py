@@ -18,12 +18,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from knowpatch.deltas import Dense, WeightDelta
 from knowpatch.errors import EditError, OptionError, RequestError
 from knowpatch.method import Cost, EditMethod, MethodConfig, Shape, register
 from knowpatch.models.roles import at_depth
 from knowpatch.models.view import ModelView
 from knowpatch.parts.spans import continuation
-from knowpatch.patch import Dense, Patch, WeightDelta
+from knowpatch.patch import Patch
 from knowpatch.request import EditRequest
 
 DEPTH = 21 / 32
