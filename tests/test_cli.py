@@ -412,7 +412,7 @@ TOY = '''
 from pydantic import Field
 
 from knowpatch.method import EditMethod, MethodConfig, register
-from knowpatch.models.view import Tap
+from knowpatch.models.passes import Tap
 from knowpatch.patch import LowRank
 
 

@@ -18,9 +18,9 @@ from typing import get_args
 import pytest
 
 import knowpatch
+from knowpatch.deltas import FORMS
 from knowpatch.method import METHODS, Export
 from knowpatch.models import roles
-from knowpatch.patch import _FORMS
 
 ROOT = Path(knowpatch.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
@@ -165,7 +165,7 @@ def test_only_models_names_a_module_path(path: Path):
     """No string outside models/ is, or holds as a part of a path, the name of a model's module."""
     if within(path, "models"):
         return
-    allowed = {*roles.ROLES, *_FORMS}
+    allowed = {*roles.ROLES, *FORMS}
     found = [
         (line, text) for line, text in strings(path) if text not in allowed and named_modules(text)
     ]

@@ -6,12 +6,12 @@ import pytest
 import tiny
 import torch
 
+from knowpatch.deltas import Dense, WeightDelta
 from knowpatch.edited import EditedModel
 from knowpatch.editing import load
 from knowpatch.errors import ModelError, OptionError
 from knowpatch.models.load import resolve
 from knowpatch.models.roles import find_roles
-from knowpatch.patch import Dense, WeightDelta
 
 GATED = {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo2"}
 
@@ -39,7 +39,7 @@ def test_every_block_has_its_maps(architecture):
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_the_orientation_is_right(architecture):
     """W as (out, in) reproduces what the module computes, transposed storage included."""
-    from knowpatch.models.view import Tap
+    from knowpatch.models.passes import Tap
 
     view = _view(architecture)
     role = view.roles.linear("mlp.out", 2)

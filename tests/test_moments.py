@@ -9,7 +9,7 @@ import tiny
 import torch
 
 from knowpatch.edited import EditedModel
-from knowpatch.models.view import Tap
+from knowpatch.models.passes import Tap
 from knowpatch.parts import moments, prefixes
 
 

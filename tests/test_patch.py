@@ -24,21 +24,9 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from knowpatch.deltas import Address, Delta, Dense, LowRank, Rows, WeightDelta
 from knowpatch.errors import InputError, PatchError
-from knowpatch.patch import (
-    FORMAT,
-    HEADER,
-    LARGEST_HEADER,
-    Address,
-    Delta,
-    Dense,
-    LowRank,
-    Patch,
-    PromptRule,
-    Provenance,
-    Rows,
-    WeightDelta,
-)
+from knowpatch.patch import FORMAT, HEADER, LARGEST_HEADER, Patch, PromptRule, Provenance
 from knowpatch.request import EditRequest
 
 MUTANTS = 2000 if os.environ.get("KNOWPATCH_SOAK") else 200

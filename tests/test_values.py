@@ -8,7 +8,7 @@ import torch
 
 from knowpatch.edited import EditedModel
 from knowpatch.errors import EditError
-from knowpatch.models.view import Shift, Tap
+from knowpatch.models.passes import Shift, Tap
 from knowpatch.parts.spans import continuation, subject_position
 from knowpatch.parts.values import Row, ValueSettings, ValueTask, optimise
 

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
-from knowpatch.models.view import ModelView, Scored
+from knowpatch.models.passes import Scored
+from knowpatch.models.view import ModelView
 from knowpatch.parts.spans import Encoded, continuation
 from knowpatch.progress import Progress, silent
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from knowpatch.ask import Ask, Future, Generated
 from knowpatch.edited import EditedModel
-from knowpatch.models.view import Scored
+from knowpatch.models.passes import Scored
 from knowpatch.patch import Patch
 from knowpatch.probes import OUGHT_TO_STAY, REWRITE, Probe
 from knowpatch.progress import Progress, silent

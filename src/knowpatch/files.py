@@ -66,12 +66,12 @@ def replacing(path: Path, *, folder: bool = False) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         if folder:
             temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-            temporary.chmod(0o755)
+            temporary.chmod(0o777 & ~_umask())
         else:
             handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
             os.close(handle)
             temporary = Path(name)
-            temporary.chmod(0o644)
+            temporary.chmod(0o666 & ~_umask())
         try:
             yield temporary
             os.replace(temporary, path)
@@ -80,6 +80,13 @@ def replacing(path: Path, *, folder: bool = False) -> Iterator[Path]:
                 shutil.rmtree(temporary, ignore_errors=True)
             else:
                 temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    """The process's mask for new files, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def write_atomically(path: str | Path, content: bytes) -> Path:

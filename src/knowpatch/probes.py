@@ -13,7 +13,8 @@ from importlib import resources
 
 import torch
 
-from knowpatch.models.view import ModelView, Tap
+from knowpatch.models.passes import Tap
+from knowpatch.models.view import ModelView
 from knowpatch.parts.spans import subject_span
 from knowpatch.request import EditRequest
 

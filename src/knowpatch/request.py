@@ -64,9 +64,17 @@ class EditRequest(BaseModel):
     @field_validator("prompt", "target", "subject", "old")
     @classmethod
     def _filled(cls, text: str | None) -> str | None:
-        if text is not None and not text.strip():
-            raise ValueError("is empty")
-        return text
+        return None if text is None else _checked(text)
+
+    @field_validator("subject")
+    @classmethod
+    def _bare(cls, text: str | None) -> str | None:
+        return None if text is None else text.strip()
+
+    @field_validator("rephrases")
+    @classmethod
+    def _all_filled(cls, texts: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(_checked(text) for text in texts)
 
     @model_validator(mode="after")
     def _consistent(self) -> EditRequest:
@@ -79,6 +87,16 @@ class EditRequest(BaseModel):
         return self
 
 
+def _checked(text: str) -> str:
+    if not text.strip():
+        raise ValueError("is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("is not text (half of a surrogate pair)") from None
+    return text
+
+
 def make_request(**fields: Any) -> EditRequest:
     """An EditRequest from plain values; RequestError with one line if they do not make one."""
     try:
@@ -89,7 +107,9 @@ def make_request(**fields: Any) -> EditRequest:
 
 def explain(error: ValidationError) -> str:
     """A pydantic error as one line: the first fault, with its field and what is allowed."""
-    fault = error.errors()[0]
+    faults = error.errors()
+    # A misspelt field explains the one that is missing.
+    fault = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])
     field = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
         return f"unknown field {field!r}: {did_you_mean(field, EditRequest.model_fields)}"
@@ -150,21 +170,26 @@ def _entries(loaded: Any) -> Entries:
 def _json(text: str, path: Path) -> Entries:
     try:
         loaded = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         line = getattr(error, "lineno", 1)
-        reason = getattr(error, "msg", "nested too deeply")
-        raise RequestError(f"{path}, line {line}: not JSON ({reason})") from None
+        raise RequestError(f"{path}, line {line}: not JSON ({_reason(error)})") from None
     return _entries(loaded)
 
 
 def _jsonl(text: str, path: Path) -> Entries:
-    for number, line in enumerate(text.splitlines(), 1):
+    # Not splitlines: U+2028 and its like may stand inside a JSON string.
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 yield f"line {number}", json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
-                reason = getattr(error, "msg", "nested too deeply")
-                raise RequestError(f"{path}, line {number}: not JSON ({reason})") from None
+            except (ValueError, RecursionError) as error:
+                raise RequestError(f"{path}, line {number}: not JSON ({_reason(error)})") from None
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return str(getattr(error, "msg", None) or str(error).split(";")[0])
 
 
 def _csv(text: str, path: Path) -> Entries:
@@ -175,18 +200,39 @@ def _csv(text: str, path: Path) -> Entries:
                 raise RequestError(f"{path}, line {reader.line_num}: more cells than the header")
             fields: dict[str, Any] = {name: cell for name, cell in row.items() if cell}
             if "rephrases" in fields:
-                fields["rephrases"] = [part.strip() for part in fields["rephrases"].split("|")]
+                parts = (part.strip() for part in fields["rephrases"].split("|"))
+                fields["rephrases"] = [part for part in parts if part]
             yield f"line {reader.line_num}", fields
     except csv.Error as error:
-        raise RequestError(f"{path}, line {reader.line_num}: not CSV ({error})") from None
+        line = reader.reader.line_num
+        raise RequestError(f"{path}, line {line}: not CSV ({error})") from None
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML whose scalars stay text: an answer 12:30, 010 or 1.10 must not become a number."""
+
+
+_PlainLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in rules if tag.endswith((":null", ":merge"))]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def _as_text(loader: _PlainLoader, node: yaml.ScalarNode) -> str:
+    return str(loader.construct_scalar(node))
+
+
+for _tag in ("int", "float", "bool", "timestamp"):
+    _PlainLoader.add_constructor(f"tag:yaml.org,2002:{_tag}", _as_text)
 
 
 def _yaml(text: str, path: Path) -> Entries:
     try:
-        loaded = yaml.safe_load(text)
+        loaded = yaml.load(text, Loader=_PlainLoader)
     except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = mark.line + 1 if mark else 1
-        reason = getattr(error, "problem", None) or "nested too deeply"
+        said = getattr(error, "problem", None) or getattr(error, "reason", None)
+        reason = said or "nested too deeply"
         raise RequestError(f"{path}, line {line}: not YAML ({reason})") from None
     return _entries(loaded)

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from knowpatch.errors import ModelError
-from knowpatch.files import cache_folder, file_digest, plain_storage_errors, replacing
+from knowpatch.errors import InputError, ModelError
+from knowpatch.files import cache_folder, file_digest, replacing
 from knowpatch.progress import Progress, silent
 
 
@@ -37,14 +37,18 @@ def convert(file: Path, progress: Progress = silent) -> Path:
     if folder.is_dir():
         return folder
     stage = f"converting {file.name}, once"
-    with plain_storage_errors(folder), replacing(folder, folder=True) as temporary:
-        progress(stage, 0, 3)
-        tokenizer, model = _read(file, progress, stage)
-        progress(stage, 2, 3)
-        with quiet_transformers():
+    progress(stage, 0, 3)
+    tokenizer, model = _read(file, progress, stage)
+    progress(stage, 2, 3)
+    try:
+        with replacing(folder, folder=True) as temporary, quiet_transformers():
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
-        progress(stage, 3, 3)
+    except InputError:
+        # Another process may have been faster; its folder is as good.
+        if not folder.is_dir():
+            raise
+    progress(stage, 3, 3)
     return folder
 
 

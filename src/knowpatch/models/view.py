@@ -8,10 +8,9 @@ state changed. Axes: B rows, T columns, M asked places, V vocabulary, D hidden s
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,57 +21,12 @@ from knowpatch.deltas import WeightDelta
 from knowpatch.errors import OptionError
 from knowpatch.models.batch import Batch, Place, Side
 from knowpatch.models.fingerprint import Identity
+from knowpatch.models.passes import Run, Scored, Shift, Tap
 from knowpatch.models.roles import LinearRole, Roles, find_roles
 from knowpatch.parts.spans import Encoded, encode
 
-
-@dataclass(frozen=True)
-class Tap:
-    """What passes into or out of the module at `module`."""
-
-    module: str
-    side: Literal["input", "output"]
-
-
-@dataclass(frozen=True, eq=False)
-class Shift:
-    """delta_MD added to the output of `module` at `places` (one row of delta a place)."""
-
-    module: str
-    places: Sequence[Place]
-    delta_MD: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Run:
-    """What one pass gave: logits_MV at the asked places (float32), and (B, T, .) per tap."""
-
-    batch: Batch
-    logits_MV: Tensor
-    tapped: Mapping[Tap, Tensor]
-
-    def at(self, tap: Tap, places: Sequence[Place]) -> Tensor:
-        """What `tap` saw at `places`, (M, .), float32."""
-        return self.tapped[tap][self.batch.at(places)].float()
-
-
-@dataclass(frozen=True)
-class Scored:
-    """A forced answer: for each of its tokens, was it the most likely, and its log-probability."""
-
-    ids: tuple[int, ...]
-    correct: tuple[bool, ...]
-    logprobs: tuple[float, ...]
-
-    @property
-    def accuracy(self) -> float:
-        """Share of tokens that were the most likely (teacher-forced token accuracy)."""
-        return sum(self.correct) / len(self.correct)
-
-    @property
-    def probability(self) -> float:
-        """Probability of the whole answer."""
-        return math.exp(sum(self.logprobs))
+PLACE = "\ue000"
+"""A character for private use, which no template and no prompt holds."""
 
 
 class _Reached(Exception):
@@ -174,11 +128,20 @@ class ModelView:
             raise OptionError(
                 f"the tokenizer of {self.source} has no chat template: ask without chat"
             )
-        turns = [{"role": "user", "content": before + prompt}]
+        text = self._framed(before + prompt, system)
+        # The frame is rendered around a mark as well: the prompt's words may stand in it, too.
+        mark = self._framed(PLACE, system).find(PLACE) + len(before)
+        content = mark if text.startswith(prompt, mark) else max(text.rfind(prompt), 0)
+        return encode(self.tokenizer, text, special=False, content=content)
+
+    def _framed(self, words: str, system: str | None) -> str:
+        turns = [{"role": "user", "content": words}]
         if system is not None:
             turns.insert(0, {"role": "system", "content": system})
-        text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        return encode(self.tokenizer, text, special=False, content=max(text.rfind(prompt), 0))
+        text: str = self.tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=True
+        )
+        return text
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of generated ids, without special tokens."""

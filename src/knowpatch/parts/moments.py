@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from knowpatch.files import cache_folder, write_atomically
-from knowpatch.models.view import ModelView, Tap
+from knowpatch.models.passes import Tap
+from knowpatch.models.view import ModelView
 from knowpatch.progress import Progress, silent
 
 ROW_TOKENS = 128

@@ -58,12 +58,17 @@ def subject_span(text: str, subject: str, start: int = 0) -> Span:
     An occurrence that is not part of a longer word comes before one that is ("Ann" in "Anna and
     Ann"); scripts without spaces have only the second kind.
     """
-    escaped = re.escape(subject)
-    found = re.compile(rf"(?<!\w){escaped}(?!\w)").search(text, start)
-    found = found or re.compile(escaped).search(text, start)
-    if found is None:
+    found = [match.span() for match in re.compile(re.escape(subject)).finditer(text, start)]
+    if not found:
         raise RequestError(f"subject {subject!r} is not in the prompt {text[start:]!r}")
-    return found.span()
+    whole = (span for span in found if not _in_word(text, span))
+    return next(whole, found[0])
+
+
+def _in_word(text: str, span: Span) -> bool:
+    """Whether a span is part of a longer word: a letter, digit or combining mark goes on."""
+    around = text[max(span[0] - 1, 0) : span[0]], text[span[1] : span[1] + 1]
+    return any(c == "_" or unicodedata.category(c)[0] in "LNM" for c in around if c)
 
 
 def last_token(encoded: Encoded, span: Span) -> int:
@@ -104,12 +109,14 @@ def continuation(tokenizer: Any, encoded: Encoded, target: str) -> tuple[int, ..
     the ways to encode the answer alone the first is taken that reads as prompt and answer joined.
     """
     joined = separator(encoded.text, target) + target
-    wanted = encoded.text + joined
     alone = _plain_ids(tokenizer, joined)
+    line = _plain_ids(tokenizer, "\n")
+    behind = _plain_ids(tokenizer, f"\n{joined}")
     ways = [alone, alone[1:], _plain_ids(tokenizer, joined.lstrip(" "))]
-    known = set(tokenizer.all_special_ids) & set(encoded.ids[:1])
+    ways += [behind[len(line) :]] if behind[: len(line)] == line else []
+    prompt = _text(tokenizer, encoded.ids)
     for ids in ways:
-        if ids and _reads(tokenizer, encoded.ids, ids, known).endswith(wanted):
+        if ids and _text(tokenizer, (*encoded.ids, *ids)) == prompt + joined:
             return tuple(ids)
     # Tokenizers that normalise text (lower-casing, accents) never read back what was given.
     return tuple(alone)
@@ -119,9 +126,8 @@ def _plain_ids(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _reads(tokenizer: Any, prompt: tuple[int, ...], ids: list[int], leading: set[int]) -> str:
-    body = [i for i in prompt if i not in leading] if leading else list(prompt)
+def _text(tokenizer: Any, ids: tuple[int, ...]) -> str:
     text = tokenizer.decode(
-        [*body, *ids], skip_special_tokens=False, clean_up_tokenization_spaces=False
+        list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
     )
     return str(text)

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from knowpatch.errors import EditError
 from knowpatch.models.batch import Place
-from knowpatch.models.view import ModelView, Shift, Tap
+from knowpatch.models.passes import Shift, Tap
+from knowpatch.models.view import ModelView
 from knowpatch.progress import Progress, silent
 
 

@@ -1,0 +1,64 @@
+"""What a pass through a model is asked for, and what it gives.
+
+Axes: B rows, T columns, M asked places, V vocabulary, D width of a module's output.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from knowpatch.models.batch import Batch, Place
+
+
+@dataclass(frozen=True)
+class Tap:
+    """What passes into or out of the module at `module`."""
+
+    module: str
+    side: Literal["input", "output"]
+
+
+@dataclass(frozen=True, eq=False)
+class Shift:
+    """delta_MD added to the output of `module` at `places` (one row of delta a place)."""
+
+    module: str
+    places: Sequence[Place]
+    delta_MD: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What one pass gave: logits_MV at the asked places (float32), and (B, T, .) per tap."""
+
+    batch: Batch
+    logits_MV: Tensor
+    tapped: Mapping[Tap, Tensor]
+
+    def at(self, tap: Tap, places: Sequence[Place]) -> Tensor:
+        """What `tap` saw at `places`, (M, .), float32."""
+        return self.tapped[tap][self.batch.at(places)].float()
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A forced answer: for each of its tokens, was it the most likely, and its log-probability."""
+
+    ids: tuple[int, ...]
+    correct: tuple[bool, ...]
+    logprobs: tuple[float, ...]
+
+    @property
+    def accuracy(self) -> float:
+        """Share of tokens that were the most likely (teacher-forced token accuracy)."""
+        return sum(self.correct) / len(self.correct)
+
+    @property
+    def probability(self) -> float:
+        """Probability of the whole answer."""
+        return math.exp(sum(self.logprobs))
