@@ -411,9 +411,9 @@ TOY = '''
 
 from pydantic import Field
 
+from knowpatch.deltas import LowRank
 from knowpatch.method import EditMethod, MethodConfig, register
 from knowpatch.models.passes import Tap
-from knowpatch.patch import LowRank
 
 
 class ToyConfig(MethodConfig):
@@ -493,7 +493,7 @@ def test_a_dry_run_as_json(folder: Path, tmp_path: Path) -> None:
     assert {"method", "model", "download", "prepare", "memory_bytes", "seconds"} <= set(told)
     weights = (folder / "model.safetensors").stat().st_size
     assert told["memory_bytes"] > weights
-    assert told["seconds"] > 0
+    assert told["seconds"] >= 0  # rounded to tenths: a tiny model may take none
     assert told["download"] is None
     assert list(tmp_path.iterdir()) == []
 

@@ -129,9 +129,9 @@ WITH_MODEL = {
     "unknown device": ((*FACT, "--device", "gpu"), ["'gpu'", "allowed", "cpu", "cuda"]),
     "unknown dtype": ((*FACT, "--dtype", "float61"), ["'float61'", "allowed", "float32"]),
     "seed beyond 64 bits": ((*FRANCE, *IDENTITY, "--seed", str(10**30)), ["seed"]),
-    "prompt of broken bytes": (("edit", "caf\udce9 is", "--target", TARGET), ["UTF-8"]),
-    "target of broken bytes": (("edit", PROMPT, "--target", "caf\udce9"), ["UTF-8"]),
-    "question of broken bytes": (("ask", "caf\udce9 is"), ["UTF-8"]),
+    "prompt of broken bytes": (("edit", "caf\udce9 is", "--target", TARGET), ["prompt"]),
+    "target of broken bytes": (("edit", PROMPT, "--target", "caf\udce9"), ["target"]),
+    "question of broken bytes": (("ask", "caf\udce9 is"), ["prompt"]),
 }
 
 
