@@ -19,8 +19,8 @@ from knowpatch.request import EditRequest
 
 SOAK = bool(os.environ.get("KNOWPATCH_SOAK"))
 FILE = "wiki_counterfact/test_cf.json"
-# One token and many, a common and a rare target, and a subject that opens the prompt.
-FEW = (0, 5, 6, 19)
+# A short target in the middle, and a long one whose subject opens the prompt.
+FEW = (5, 6)
 AUSTRALIA = EditRequest(
     prompt="The capital of Australia is", subject="Australia", target="Canberra", old="Sydney"
 )
@@ -76,7 +76,7 @@ def test_rome(model, text, records):
     assert perplexity <= 1.05
 
 
-@pytest.mark.parametrize("name", ["ft", "rome", "ice"])
+@pytest.mark.parametrize("name", ["ft", "ice"])
 def test_a_batch_takes(model, name):
     """Two facts in one patch: both answers are the most likely ones."""
     requests = [
@@ -120,7 +120,7 @@ def test_editing_through_the_chat_template(model):
     patch = edit(model, AUSTRALIA, method="ft", options={"chat": True})
     assert "Canberra" not in model.ask(AUSTRALIA.prompt, chat=True)
     with model.applied(patch):
-        assert model.ask(AUSTRALIA.prompt, chat=True).startswith("Canberra")
+        assert model.ask(AUSTRALIA.prompt, chat=True) == "Canberra"  # and it stops there
 
 
 def test_it_is_an_ordinary_transformers_model(model):

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from knowpatch.cli.screen import one_line
 from knowpatch.effects import Effect, moved_by_kind
-from knowpatch.probes import CONTROL, NEIGHBOUR, OUGHT_TO_STAY, SUBJECT
+from knowpatch.probes import CONTROL, NEIGHBOUR, OUGHT_TO_STAY, REWRITE, SUBJECT
 
 MOST_FIXES, MOST_MOVED = 12, 8
 NAMES = {
@@ -45,6 +45,9 @@ def _fixes(console: Console, effects: list[Effect]) -> None:
             f"{before.probability:.2f} → {after.probability:.2f}",
         )
     console.print(table)
+    ways = {e.probe.chat: e.after.accuracy for e in effects if e.probe.kind == REWRITE}
+    if ways.get(False) == 1 and ways.get(True, 1) < 1:
+        console.print("the chat template leads past this edit: --chat edits there", style="dim")
     if len(effects) > MOST_FIXES:
         console.print(f"... and {len(effects) - MOST_FIXES} more (--json has all)", style="dim")
 
@@ -54,7 +57,8 @@ def _moved(console: Console, effects: list[Effect]) -> None:
     for kind, (moved, total) in moved_by_kind(effects).items():
         if total:
             console.print(f"  {NAMES[kind]:<36} {moved:>3} of {total}")
-    others = [e for e in effects if e.probe.kind in OUGHT_TO_STAY and e.moved]
+    found = [e for e in effects if e.probe.kind in OUGHT_TO_STAY and e.moved]
+    others = list({effect.probe.prompt: effect for effect in found}.values())
     if others:
         table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 2))
         # The least certain first: where the old answer lost most.
