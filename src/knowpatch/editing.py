@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
+from knowpatch.deltas import is_finite
 from knowpatch.edited import EditedModel
+from knowpatch.errors import EditError
 from knowpatch.method import METHODS, EditMethod
 from knowpatch.methods import DEFAULT
 from knowpatch.models.load import load as load_view
@@ -119,12 +121,19 @@ def edit(
     asked = [requests] if isinstance(requests, EditRequest) else list(requests)
     if not isinstance(method, EditMethod):
         method = choose(method, options, seed=seed, progress=progress)
-    method.check(model.view, asked)
+    method.check_requests(asked)
+    method.check(model.view)
     start = perf_counter()
     prepared = method.prepare(model.view)
     ready = perf_counter()
     live = [patch for patch in model.live if patch.provenance.method == method.name]
     patch = method.edit(model.view, asked, prepared, method.fold(live))
+    for delta in patch.deltas:
+        if not all(is_finite(tensor) for tensor in delta.change.tensors().values()):
+            raise EditError(
+                f"{method.name} came to a change that is not finite: use a smaller learning_rate "
+                "or clamp, or load the model in float32"
+            )
     if seconds is not None:
         seconds.prepare, seconds.edit = ready - start, perf_counter() - ready
     return patch

@@ -97,11 +97,20 @@ def write_atomically(path: str | Path, content: bytes) -> Path:
     return path
 
 
-def remembered(what: str, paths: Sequence[Path], compute: Callable[[], Json]) -> Json:
-    """`compute()`, remembered under `what` for as long as no file changes its size or time."""
+def _note(what: str, paths: Sequence[Path]) -> Path:
     stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     key = hashlib.sha256(json.dumps([what, stats]).encode()).hexdigest()
-    note = cache_folder() / "digests" / f"{key}.json"
+    return cache_folder() / "digests" / f"{key}.json"
+
+
+def is_remembered(what: str, paths: Sequence[Path]) -> bool:
+    """Whether `remembered` would not have to compute."""
+    return _note(what, paths).is_file()
+
+
+def remembered(what: str, paths: Sequence[Path], compute: Callable[[], Json]) -> Json:
+    """`compute()`, remembered under `what` for as long as no file changes its size or time."""
+    note = _note(what, paths)
     with contextlib.suppress(OSError, ValueError):
         found: Json = json.loads(note.read_text())
         return found

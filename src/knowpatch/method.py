@@ -153,11 +153,14 @@ class EditMethod(ABC):
                 f"option {name or 'values'} of {cls.name} cannot be {fault['input']!r}: {said}"
             ) from None
 
-    def check(self, view: ModelView, requests: Sequence[EditRequest]) -> None:
-        """Refuse, in one line, a model or requests that this method cannot work with."""
+    def check(self, view: ModelView) -> None:
+        """Refuse, in one line, a model that this method cannot edit."""
         for role in self.wanted_roles():
             if reason := view.roles.lacks(role):
                 raise ModelError(f"{self.name} cannot edit {view.roles.architecture}: {reason}")
+
+    def check_requests(self, requests: Sequence[EditRequest]) -> None:
+        """Refuse, in one line, requests that this method cannot work with."""
         if not requests:
             raise RequestError("no edit request given")
         if len(requests) > 1 and not self.batch:

@@ -5,12 +5,15 @@ Exit codes: 0 done, 1 an edit that did not take, 2 input that cannot be used (on
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
+from typing import Annotated
 
 import typer
 from typer.exceptions import TyperException
 
+from knowpatch import __version__
 from knowpatch.cli import ask, edit, methods, save
 from knowpatch.errors import KnowpatchError
 
@@ -21,6 +24,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Change what a language model knows, as measured, reversible, shippable patches.",
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"knowpatch {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Change what a language model knows, as measured, reversible, shippable patches."""
+
+
 for verb in (edit, ask, methods, save):
     app.command(verb.__name__.rpartition(".")[2])(verb.run)
 
@@ -32,6 +52,11 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit; every error a person can cause is one line."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.addLevelName(logging.WARNING, "warning")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(
+            stream, io.TextIOWrapper
+        ):  # a narrow encoding costs characters, not the report
+            stream.reconfigure(errors="replace" if stream is sys.stdout else "backslashreplace")
     try:
         code = app(arguments, standalone_mode=False)
     except KnowpatchError as error:
@@ -42,9 +67,11 @@ def main(arguments: list[str] | None = None) -> None:
         code = INTERRUPTED
     except MemoryError:
         _refuse("out of memory; try --dtype bfloat16, fewer requests at once, or a smaller model")
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(0)
+    except SystemExit as ended:
+        # Whoever reads went away (`| head`): typer and rich both make a 1 of it, which is taken.
+        if isinstance(ended.__context__, BrokenPipeError):
+            sys.exit(0)
+        raise
     if code == INTERRUPTED:
         _refuse("interrupted; no file was left half-written")
     sys.exit(code or 0)

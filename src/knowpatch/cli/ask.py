@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from knowpatch.cli import screen
 from knowpatch.cli.options import Device, Dtype, Json, Model, Patches
@@ -27,6 +28,10 @@ def run(
 
     if not prompt.strip():
         raise InputError("the prompt is empty; give a question")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise InputError("the prompt is not text in UTF-8; give it in UTF-8") from None
     patches = [Patch.load(path) for path in patch or []]
     with screen.reporting() as report:
         edited = load(model, device=device, dtype=dtype, progress=report)
@@ -45,7 +50,7 @@ def run(
         )
         return
     console = screen.out()
-    console.print(f"[dim]{edited.view.source}[/]")
+    console.print(f"[dim]{escape(edited.view.source)}[/]")
     console.print("[bold]without[/]" if patches else "[bold]answer[/]")
     console.print(without, markup=False)
     if patches:

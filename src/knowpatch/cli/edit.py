@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from knowpatch.cli import screen
 from knowpatch.cli.options import Device, Dtype, Json, Model
@@ -48,7 +50,9 @@ def run(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="An option of the method; repeatable."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of everything that is sampled.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Of everything that is sampled.")
+    ] = 0,
     out: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Patch file; by default patch-<id>.safetensors."),
@@ -86,7 +90,7 @@ def run(
     if as_json:
         screen.print_json(result)
     else:
-        _show(result, effects, kept)
+        _show(result, effects, kept, model)
     raise typer.Exit(0 if result["took"] else 1)
 
 
@@ -125,6 +129,8 @@ def _check_writable(out: Path | None) -> None:
     folder = (out or Path("patch")).absolute().parent
     if out is not None and out.is_dir():
         raise InputError(f"{out}: is a folder; name a patch file")
+    if out is not None and out.exists() and not out.is_file():
+        raise InputError(f"{out}: is a device or a pipe; name an ordinary file with --out")
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; make it first, or name another --out")
     if not os.access(folder, os.W_OK):
@@ -156,7 +162,6 @@ def _edit(
     from knowpatch.probes import derive
 
     patch = edit(edited, requests, method=method, seconds=spent)
-    path = patch.save(out or Path(f"patch-{patch.id[:12]}.safetensors"))
     start = perf_counter()
     expected = [method.expected(request) for request in requests]
     chat = method.config.chat
@@ -165,11 +170,13 @@ def _edit(
     effects = measure(edited, patch, probes, progress=report)
     results = took(effects, requests, expected, chat=chat)
     kept = edited.digests(patch) == before
+    path = patch.save(out or Path(f"patch-{patch.id[:12]}.safetensors"))
     return {
         "method": method.name,
         "model": edited.view.source,
         "took": all(results),
         "took_each": results,
+        "forgets": None in expected,
         "patch": _facts(patch, path),
         "seconds": {
             "prepare": round(spent.prepare, 3),
@@ -205,7 +212,7 @@ def _probe(effect: Effect) -> dict[str, Any]:
     }
 
 
-def _show(result: dict[str, Any], effects: list[Effect], kept: bool) -> None:
+def _show(result: dict[str, Any], effects: list[Effect], kept: bool, model: str | None) -> None:
     """The report for a person."""
     from knowpatch.cli.report import show_effects
 
@@ -215,15 +222,15 @@ def _show(result: dict[str, Any], effects: list[Effect], kept: bool) -> None:
     rank = f", rank {patch['rank']}" if patch["rank"] else ""
     size = screen.human_bytes(patch["bytes"])
     console.print(
-        f"patch   {patch['file']}  ({size}{rank}, id {patch['id'][:12]})",
+        f"patch   {escape(patch['file'])}  ({size}{rank}, id {patch['id'][:12]})",
         soft_wrap=True,
     )
     console.print("time    " + ", ".join(f"{name} {value:.1f} s" for name, value in spent.items()))
     back = "given back byte for byte" if kept else "NOT given back as it was: please report this"
-    console.print(f"model   {result['model']}, {back}; nothing but the patch file was written")
     console.print(
-        f"next    knowpatch ask PROMPT --patch {patch['file']}", style="dim", soft_wrap=True
+        f"model   {escape(result['model'])}, {back}; nothing but the patch file was written"
     )
-    console.print(
-        f"        knowpatch save DIR --patch {patch['file']}", style="dim", soft_wrap=True
-    )
+    rest = f"--patch {shlex.quote(patch['file'])}"
+    rest += "" if model is None else f" --model {shlex.quote(model)}"
+    for line in (f"next    knowpatch ask PROMPT {rest}", f"        knowpatch save DIR {rest}"):
+        console.print(line, style="dim", markup=False, soft_wrap=True)

@@ -72,6 +72,7 @@ def make_plan(
     dtype: str,
 ) -> dict[str, Any]:
     """The plan as plain data."""
+    method.check_requests(requests)
     origin = load.resolve(name)
     model = _look(origin)
     place = load.device_for(device)
@@ -143,7 +144,7 @@ def _shape(folder: Path) -> Shape:
         layers=first("num_hidden_layers", "n_layer", default=24),
         hidden=hidden,
         inner=first("intermediate_size", "n_inner", "ffn_dim", default=4 * hidden),
-        fingerprint=fingerprint.of_folder(folder).fingerprint if fingerprint.shards(folder) else "",
+        fingerprint=fingerprint.known(folder),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from knowpatch.cli.screen import one_line
@@ -19,32 +20,44 @@ NAMES = {
 }
 
 
+SHORT = {SUBJECT: "subject", NEIGHBOUR: "other", CONTROL: "control"}
+
+
 def show_effects(console: Console, result: dict[str, Any], effects: list[Effect]) -> None:
     """Print the fix and what else moved."""
     taken = result["took_each"]
     verdict = "[green]the edit took[/]" if result["took"] else "[red]the edit did not take[/]"
     if len(taken) > 1:
         verdict += f" ({sum(taken)} of {len(taken)})"
-    console.print(f"\n[bold]{result['model']}[/], {result['method']}: {verdict}\n")
-    _fixes(console, [e for e in effects if e.probe.kind not in OUGHT_TO_STAY])
+    console.print(f"\n[bold]{escape(result['model'])}[/], {result['method']}: {verdict}\n")
+    fixes = [e for e in effects if e.probe.kind not in OUGHT_TO_STAY]
+    _fixes(console, fixes, forgets=result["forgets"])
     _moved(console, effects)
 
 
-def _fixes(console: Console, effects: list[Effect]) -> None:
+def _fixes(console: Console, effects: list[Effect], *, forgets: bool) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("", "asked", "before", "after", "accuracy", "probability"):
-        table.add_column(name, justify="right" if name in ("accuracy", "probability") else "left")
+    numbers = ("tokens right", "probability")
+    for name in ("", "asked", "before", "after", *numbers):
+        table.add_column(name, justify="right" if name in numbers else "left", no_wrap=True)
     for effect in effects[:MOST_FIXES]:
         probe, before, after = effect.probe, effect.before, effect.after
         table.add_row(
             probe.kind + (" (chat)" if probe.chat else ""),
-            one_line(probe.prompt, 44),
-            one_line(before.text, 24),
-            one_line(after.text, 24),
+            one_line(probe.prompt, 36),
+            one_line(before.text, 20),
+            one_line(after.text, 20),
             f"{before.accuracy:.2f} → {after.accuracy:.2f}",
-            f"{before.probability:.2f} → {after.probability:.2f}",
+            f"{before.probability:.2g} → {after.probability:.2g}",
         )
     console.print(table)
+    wanted = list(dict.fromkeys(effect.expected for effect in effects))
+    if len(wanted) == 1:
+        of = "old answer, to be forgotten" if forgets else "wanted answer"
+        console.print(
+            f"tokens right and probability: of the {of}, {one_line(wanted[0])!r}, forced",
+            style="dim",
+        )
     ways = {e.probe.chat: e.after.accuracy for e in effects if e.probe.kind == REWRITE}
     if ways.get(False) == 1 and ways.get(True, 1) < 1:
         console.print("the chat template leads past this edit: --chat edits there", style="dim")
@@ -64,6 +77,7 @@ def _moved(console: Console, effects: list[Effect]) -> None:
         # The least certain first: where the old answer lost most.
         for effect in sorted(others, key=lambda e: e.after.accuracy)[:MOST_MOVED]:
             table.add_row(
+                SHORT[effect.probe.kind],
                 one_line(effect.probe.prompt, 44),
                 one_line(effect.before.text, 28),
                 "→",

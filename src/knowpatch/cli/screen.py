@@ -21,7 +21,8 @@ def out() -> Console:
 
 
 def print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+    narrow = (sys.stdout.encoding or "utf-8").lower().replace("-", "") != "utf8"
+    sys.stdout.write(json.dumps(value, ensure_ascii=narrow, allow_nan=False, indent=2) + "\n")
 
 
 @contextlib.contextmanager
@@ -29,13 +30,21 @@ def reporting() -> Iterator[Report]:
     """A progress reporter that draws one line per stage on stderr."""
     console = Console(file=sys.stderr)
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, redirect_stderr=False) as bars:
+    with Progress(
+        *columns,
+        console=console,
+        transient=True,
+        redirect_stderr=False,
+        disable=not console.is_terminal,
+    ) as bars:
         stages: dict[str, TaskID] = {}
+        announced: set[str] = set()
 
         def report(stage: str, done: int, total: int) -> None:
             if stage not in stages:
-                if not console.is_terminal:
-                    console.print(f"{stage} ...")
+                if not console.is_terminal and stage not in announced:
+                    sys.stderr.write(f"{stage} ...\n")
+                    announced.add(stage)
                 stages[stage] = bars.add_task(stage, total=total)
             bars.update(stages[stage], completed=done, total=total)
             if done >= total:

@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from knowpatch.files import remembered
+from knowpatch.files import is_remembered, remembered
 
 VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
 """Entries of a config that say how it was saved or loaded, not what the model computes."""
@@ -77,6 +77,15 @@ def of_folder(folder: Path) -> Identity:
     digests = remembered("tensors", shards(folder), compute)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return Identity(_total(digests, config, _tokenizer_of_folder(folder)), digests, folder)
+
+
+def known(folder: Path) -> str:
+    """The fingerprint of a folder that was loaded before, without reading it; else ""."""
+    file = folder / "tokenizer.json"
+    noted = [("tensors", shards(folder)), *([("tokenizer", [file])] if file.is_file() else [])]
+    if shards(folder) and all(is_remembered(what, paths) for what, paths in noted):
+        return of_folder(folder).fingerprint
+    return ""
 
 
 def of_model(model: nn.Module, tokenizer: Any) -> Identity:

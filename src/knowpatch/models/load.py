@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -110,7 +111,19 @@ def load(
         identity = fingerprint.of_folder(folder)
     else:
         identity = fingerprint.of_model(model, tokenizer)
-    return ModelView(model, tokenizer, identity, source=source_name(origin))
+    view = ModelView(model, tokenizer, identity, source=source_name(origin))
+    check_finite(view)
+    return view
+
+
+def check_finite(view: ModelView) -> None:
+    """ModelError unless the model computes numbers: one pass over one token."""
+    token = max(view.tokenizer.bos_token_id or 0, 0)
+    if not bool(torch.isfinite(view.run([[token]], logits_at=[(0, 0)]).logits_MV).all()):
+        raise ModelError(
+            f"the logits of {view.source} are not finite: its weights are damaged, or "
+            "the dtype is too narrow for it (try --dtype float32)"
+        )
 
 
 def wrap(model: Any, tokenizer: Any) -> ModelView:
@@ -203,16 +216,18 @@ def _stored_dtype(folder: Path) -> torch.dtype:
 
 def float32_bytes(folder: Path) -> int:
     """Bytes that a checkpoint's parameters take in float32."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     total = 0
     for shard in fingerprint.shards(folder):
-        with safe_open(shard, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118
-                size = 4
-                for length in file.get_slice(key).get_shape():
-                    size *= length
-                total += size
+        try:
+            with safe_open(shard, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118
+                    total += 4 * math.prod(file.get_slice(key).get_shape())
+        except (SafetensorError, OSError) as error:
+            raise ModelError(
+                f"{shard}: damaged, or not downloaded to its end ({error}); get it again"
+            ) from None
     return total
 
 
@@ -228,12 +243,19 @@ def _read(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
 
     try:
         with quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, output_loading_info=True
+            )
+            model, told = loaded
             tokenizer = AutoTokenizer.from_pretrained(folder)
     except (MemoryError, KeyboardInterrupt):
         raise
     except Exception as error:  # whatever is wrong with a foreign folder, it is one line
         raise ModelError(f"{folder}: cannot be loaded ({str(error).splitlines()[0]})") from None
+    if lacking := sorted(told["missing_keys"]):
+        raise ModelError(
+            f"{folder}: its weights lack {lacking[0]} ({len(lacking)} missing in all); get it again"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
@@ -241,5 +263,10 @@ def _read(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
 
 def config_of(folder: Path) -> dict[str, Any]:
     """The config of a checkpoint folder, as plain data."""
-    loaded: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    try:
+        loaded = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{folder}: its config.json is not JSON ({error})") from None
+    if not isinstance(loaded, dict):
+        raise ModelError(f"{folder}: its config.json is not a JSON object")
     return loaded

@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import GenerationConfig
 
 from knowpatch.deltas import WeightDelta
-from knowpatch.errors import OptionError
+from knowpatch.errors import OptionError, RequestError
 from knowpatch.models.batch import Batch, Place, Side
 from knowpatch.models.fingerprint import Identity
 from knowpatch.models.passes import Run, Scored, Shift, Tap
@@ -138,9 +139,12 @@ class ModelView:
         turns = [{"role": "user", "content": words}]
         if system is not None:
             turns.insert(0, {"role": "system", "content": system})
-        text: str = self.tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=True
-        )
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=True
+            )
+        except TemplateError as error:  # a template may refuse: Gemma's knows no system turn
+            raise OptionError(f"the chat template of {self.source} refuses: {error}") from None
         return text
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -161,9 +165,21 @@ class ModelView:
     # -- running ---------------------------------------------------------------------------------
 
     def batch(self, rows: Sequence[Sequence[int]], side: Side | None = None) -> Batch:
+        self._check_length(max(len(row) for row in rows))
         pad = self.tokenizer.pad_token_id
         pad = 0 if pad is None else pad
         return Batch.of(rows, pad=pad, side=side or self.padding, device=self.device)
+
+    def _check_length(self, length: int) -> None:
+        """RequestError for more tokens than the model has positions: the text never fits."""
+        config = self.model.config
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        limit = getattr(config, "max_position_embeddings", None)
+        if isinstance(limit, int) and 0 < limit < length:
+            raise RequestError(
+                f"{length} tokens are more than {self.source} has positions for ({limit}): "
+                "use a shorter text or a shorter answer"
+            )
 
     def run(
         self,
@@ -280,6 +296,7 @@ class ModelView:
 
         Returns the new ids of each row, up to and with the first one that ends an answer.
         """
+        self._check_length(max(len(row) for row in rows) + max_new_tokens)
         batch = self.batch(rows, side="left")
         config = GenerationConfig(
             max_new_tokens=max_new_tokens,

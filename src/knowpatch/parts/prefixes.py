@@ -7,6 +7,7 @@ ran before, or another model, cannot change them.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import unicodedata
@@ -41,7 +42,7 @@ def context_prefixes(
         seed: of the sampling.
     """
     path = kept_at(view.fingerprint, plan, seed)
-    if path.is_file():
+    with contextlib.suppress(OSError, ValueError):
         return tuple(json.loads(path.read_text(encoding="utf-8")))
     texts = [""]
     for done, (count, length) in enumerate(plan):

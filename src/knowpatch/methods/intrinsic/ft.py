@@ -44,7 +44,9 @@ class FtConfig(MethodConfig):
         "mlp.out", description="which matrix of the block"
     )
     steps: int = Field(40, ge=1, description="passes over the requests, at most")
-    learning_rate: float = Field(1e-3, gt=0, description="of Adam; published: 5e-4 on 7B models")
+    learning_rate: float = Field(
+        1e-3, gt=0, le=1e30, description="of Adam; published: 5e-4 on 7B models"
+    )
     batch_size: int = Field(16, ge=1, description="rows per step")
     bound: float | None = Field(
         None, gt=0, description="largest change of any entry; none: no limit"
@@ -89,8 +91,8 @@ class Ft(EditMethod):
         change = Dense(leaf.detach().cpu())
         return self.patch(view, requests, deltas=[self.delta(view, role.address, change)])
 
-    def check(self, view: ModelView, requests: Sequence[EditRequest]) -> None:
-        super().check(view, requests)
+    def check_requests(self, requests: Sequence[EditRequest]) -> None:
+        super().check_requests(requests)
         if self.config.objective == "unlikelihood":
             for request in requests:
                 if request.kind != "erase":

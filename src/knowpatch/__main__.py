@@ -1,0 +1,5 @@
+"""`python -m knowpatch`: the command line."""
+
+from knowpatch.cli import main
+
+main()
