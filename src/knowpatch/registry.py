@@ -55,7 +55,13 @@ class Registry(Generic[T]):
             loaders = self._loaders()
             if name not in loaders:
                 raise OptionError(f"unknown {self.kind} {name!r}: {did_you_mean(name, loaders)}")
-            loaders[name]()
+            try:
+                loaders[name]()
+            except Exception as error:  # a plug-in's own fault, in a file that is being written
+                raise OptionError(
+                    f"the file of {self.kind} {name!r} cannot be imported "
+                    f"({type(error).__name__}: {error})"
+                ) from error
         if name not in self._found:
             raise OptionError(
                 f"the file of {self.kind} {name!r} registers no {self.kind} of that name: "

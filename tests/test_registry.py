@@ -1,0 +1,36 @@
+"""The registry: names without imports, and plug-in files that fail in one line."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from knowpatch.errors import OptionError
+from knowpatch.method import METHODS
+
+
+def test_names_are_known_without_importing(monkeypatch, tmp_path):
+    """A file in a plug-in folder is listed by its stem and not run."""
+    (tmp_path / "explodes.py").write_text("raise SystemError('imported')")
+    monkeypatch.setenv("KNOWPATCH_METHODS", str(tmp_path))
+    assert "explodes" in METHODS.names()
+
+
+def test_an_unknown_name_gets_the_nearest(monkeypatch):
+    """Did you mean, and all that is allowed."""
+    with pytest.raises(OptionError, match=r"did you mean 'rome'.*allowed: ft, ice, rome"):
+        METHODS.get("romee")
+
+
+def test_a_file_that_fails_is_one_line(monkeypatch, tmp_path):
+    """An error on import, and a file that registers nothing, say which file it is."""
+    (tmp_path / "explodes.py").write_text("raise SystemError('no\\nway')")
+    (tmp_path / "forgets.py").write_text("x = 1")
+    monkeypatch.setenv("KNOWPATCH_METHODS", str(tmp_path))
+    with pytest.raises(OptionError, match="method 'explodes' cannot be imported") as caught:
+        METHODS.get("explodes")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(OptionError, match="registers no method of that name"):
+        METHODS.get("forgets")
+    sys.modules.pop("knowpatch_plugin_forgets", None)
