@@ -43,12 +43,12 @@ def _fixes(console: Console, effects: list[Effect], *, forgets: bool) -> None:
     for effect in effects[:MOST_FIXES]:
         probe, before, after = effect.probe, effect.before, effect.after
         table.add_row(
-            probe.kind + (" (chat)" if probe.chat else ""),
-            one_line(probe.prompt, 36),
-            one_line(before.text, 20),
-            one_line(after.text, 20),
+            ("prompt" if probe.kind == REWRITE else probe.kind) + (", chat" if probe.chat else ""),
+            one_line(probe.prompt, 32),
+            one_line(before.text, 18),
+            one_line(after.text, 18),
             f"{before.accuracy:.2f} → {after.accuracy:.2f}",
-            f"{before.probability:.2g} → {after.probability:.2g}",
+            f"{_chance(before.probability)} → {_chance(after.probability)}",
         )
     console.print(table)
     wanted = list(dict.fromkeys(effect.expected for effect in effects))
@@ -63,6 +63,10 @@ def _fixes(console: Console, effects: list[Effect], *, forgets: bool) -> None:
         console.print("the chat template leads past this edit: --chat edits there", style="dim")
     if len(effects) > MOST_FIXES:
         console.print(f"... and {len(effects) - MOST_FIXES} more (--json has all)", style="dim")
+
+
+def _chance(probability: float) -> str:
+    return "<.01" if probability < 0.005 else f"{probability:.2f}"
 
 
 def _moved(console: Console, effects: list[Effect]) -> None:
