@@ -75,8 +75,7 @@ def make_plan(
     method.check_requests(requests)
     origin = load.resolve(name)
     model = _look(origin)
-    place = load.device_for(device)
-    width = 2 if place.type == "cuda" or dtype == "bfloat16" else 4
+    width = load.dtype_for(dtype, load.device_for(device), model.wide_bytes).itemsize
     plan: dict[str, Any] = {
         "method": method.name,
         "model": load.source_name(origin),

@@ -103,7 +103,10 @@ def load(
     origin = resolve(name)
     folder = _folder(origin, progress)
     check_folder(folder)
-    kind = _dtype(dtype, place, folder)
+    if dtype == "stored":
+        kind = _stored_dtype(folder)
+    else:
+        kind = dtype_for(dtype, place, float32_bytes(folder))
     model, tokenizer = _read(folder, kind)
     model.requires_grad_(requires_grad=False)
     model.to(place).eval()
@@ -195,17 +198,14 @@ def device_for(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _dtype(name: str, device: torch.device, folder: Path) -> torch.dtype:
+def dtype_for(name: str, device: torch.device, float32_size: int) -> torch.dtype:
+    """The dtype that `name` means for a model of `float32_size` bytes in float32."""
     if name in DTYPES:
         return DTYPES[name]
-    if name == "stored":
-        return _stored_dtype(folder)
     if name != "auto":
         raise OptionError(f"unknown dtype {name!r}: {did_you_mean(name, ['auto', *DTYPES])}")
-    if device.type == "cuda":
-        return torch.bfloat16
-    wide = float32_bytes(folder)
-    return torch.float32 if wide <= _memory() / 2 else torch.bfloat16
+    narrow = device.type == "cuda" or float32_size > _memory() / 2
+    return torch.bfloat16 if narrow else torch.float32
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:

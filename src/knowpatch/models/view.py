@@ -309,13 +309,19 @@ class ModelView:
             pad_token_id=self.tokenizer.pad_token_id or 0,
             eos_token_id=list(self.stop_ids) or None,
         )
-        devices = [self.device] if self.device.type == "cuda" else []
-        with self._as_found(), torch.no_grad(), torch.random.fork_rng(devices=devices):
+        with self._as_found(), torch.no_grad(), self._own_randomness():
             torch.manual_seed(seed)
             out = self.model.generate(
                 input_ids=batch.ids_BT, attention_mask=batch.mask_BT, generation_config=config
             )
         return [self._until_stop(row) for row in out[:, batch.ids_BT.shape[1] :].tolist()]
+
+    def _own_randomness(self) -> contextlib.AbstractContextManager[None]:
+        """The generators of the processor and of this model's device, as found after the block."""
+        device = self.device
+        if device.index is None:
+            return torch.random.fork_rng(devices=[])
+        return torch.random.fork_rng(devices=[device.index], device_type=device.type)
 
     def _until_stop(self, ids: list[int]) -> tuple[int, ...]:
         ends = [i for i, token in enumerate(ids) if token in self.stop_ids]
