@@ -17,7 +17,7 @@ from knowpatch.parts.spans import Encoded, continuation
 from knowpatch.progress import Progress, silent
 
 T = TypeVar("T")
-BATCH_TOKENS = 2048
+BATCH_TOKENS = 1024
 
 
 class Speaker(Protocol):

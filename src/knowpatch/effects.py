@@ -13,7 +13,8 @@ from knowpatch.probes import OUGHT_TO_STAY, REWRITE, Probe
 from knowpatch.progress import Progress, silent
 from knowpatch.request import EditRequest
 
-ANSWER_TOKENS = 8
+FIX_TOKENS, ANSWER_TOKENS = 12, 5
+"""Length of the answers shown: of the edited prompts, and of all others."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def measure(
 
 
 def _tokens(probe: Probe) -> int:
-    return ANSWER_TOKENS if probe.expected is None else 3 * ANSWER_TOKENS
+    return ANSWER_TOKENS if probe.expected is None else FIX_TOKENS
 
 
 def _says(
