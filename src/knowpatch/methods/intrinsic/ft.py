@@ -133,7 +133,7 @@ class Ft(EditMethod):
     def _stops(self) -> bool:
         """Whether the end is part of the answer: of a turn it is; after a text it costs locality.
 
-        On SmolLM2 one fact learned with an end behind it made 38 of 101 control prompts answer otherwise,
+        On SmolLM2 one fact learned with an end behind it changed 38 of 101 control prompts,
         without it 7.
         """
         wanted = self.config.chat if self.config.eos is None else self.config.eos
