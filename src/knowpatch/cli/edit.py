@@ -86,11 +86,11 @@ def run(
         spent = Seconds()
         result = _edit(edited, chosen, requests, spent, report, out)
     result["seconds"] = {"load": round(loaded, 3), **result["seconds"]}
-    effects, kept = result.pop("effects"), result.pop("kept")
+    effects = result.pop("effects")
     if as_json:
         screen.print_json(result)
     else:
-        _show(result, effects, kept, model)
+        _show(result, effects, model)
     raise typer.Exit(0 if result["took"] else 1)
 
 
@@ -169,7 +169,7 @@ def _edit(
     probes = derive(edited.view, requests, expected, chat=chat)
     effects = measure(edited, patch, probes, progress=report)
     results = took(effects, requests, expected, chat=chat)
-    kept = edited.digests(patch) == before
+    restored = edited.digests(patch) == before
     path = patch.save(out or Path(f"patch-{patch.id[:12]}.safetensors"))
     return {
         "method": method.name,
@@ -183,10 +183,9 @@ def _edit(
             "edit": round(spent.edit, 3),
             "ask": round(perf_counter() - start, 3),
         },
-        "restored": kept,
+        "restored": restored,
         "probes": [_probe(effect) for effect in effects],
         "effects": effects,
-        "kept": kept,
     }
 
 
@@ -212,7 +211,7 @@ def _probe(effect: Effect) -> dict[str, Any]:
     }
 
 
-def _show(result: dict[str, Any], effects: list[Effect], kept: bool, model: str | None) -> None:
+def _show(result: dict[str, Any], effects: list[Effect], model: str | None) -> None:
     """The report for a person."""
     from knowpatch.cli.report import show_effects
 
@@ -226,7 +225,11 @@ def _show(result: dict[str, Any], effects: list[Effect], kept: bool, model: str 
         soft_wrap=True,
     )
     console.print("time    " + ", ".join(f"{name} {value:.1f} s" for name, value in spent.items()))
-    back = "given back byte for byte" if kept else "NOT given back as it was: please report this"
+    back = (
+        "given back byte for byte"
+        if result["restored"]
+        else "NOT given back as it was: please report this"
+    )
     console.print(
         f"model   {escape(result['model'])}, {back}; nothing but the patch file was written"
     )
