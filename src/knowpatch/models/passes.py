@@ -16,6 +16,14 @@ from knowpatch.models.batch import Batch, Place
 
 
 @dataclass(frozen=True)
+class Row:
+    """Token ids, and the position among them that an edit changes."""
+
+    ids: tuple[int, ...]
+    position: int
+
+
+@dataclass(frozen=True)
 class Tap:
     """What passes into or out of the module at `module`."""
 

@@ -66,12 +66,14 @@ class Roles:
     """What sits where in one model.
 
     Attributes:
-        blocks: the decoder blocks, from input to output.
+        stack: path of the list of decoder blocks.
+        blocks: the blocks, from input to output.
         head: path of the module that maps hidden states to the vocabulary.
         embedding: path of the token embedding.
         hidden_size: D.
     """
 
+    stack: str
     blocks: tuple[Block, ...]
     head: str
     embedding: str
@@ -90,6 +92,10 @@ class Roles:
             reason = block.missing.get(role, f"roles are {', '.join(ROLES)}")
             raise ModelError(f"no {role!r} in block {layer} of {self.architecture}: {reason}")
         return block.linears[role]
+
+    def block_of(self, module: str) -> int:
+        """The number of the block that holds the module at path `module`."""
+        return next(i for i, b in enumerate(self.blocks) if f"{module}.".startswith(f"{b.module}."))
 
     def lacks(self, role: str) -> str | None:
         """Why no block has `role`, or None if some block has it."""
@@ -122,7 +128,7 @@ def find_roles(model: nn.Module) -> Roles:
     if weight is None:
         raise ModelError(f"{architecture}: its token embedding has no weight")
     hidden = _hidden_size(model, int(weight.shape[1]))
-    return Roles(blocks, paths[id(head)], paths[id(embedding)], hidden, architecture)
+    return Roles(stack_path, blocks, paths[id(head)], paths[id(embedding)], hidden, architecture)
 
 
 def _call(model: nn.Module, name: str) -> nn.Module | None:

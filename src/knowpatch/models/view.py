@@ -30,7 +30,7 @@ PLACE = "\ue000"
 """A character for private use, which no template and no prompt holds."""
 
 
-class _Reached(Exception):
+class Reached(Exception):
     """Ends a pass once everything asked for has been seen."""
 
 
@@ -57,6 +57,7 @@ class ModelView:
     def __post_init__(self) -> None:
         self.roles: Roles = find_roles(self.model)
         self._trials: list[Sequence[WeightDelta]] = []
+        self.replays: dict[str, str | None] = {}
 
     @property
     def device(self) -> torch.device:
@@ -92,6 +93,17 @@ class ModelView:
             if delta.address.parameter == name:
                 whole = delta.added_to(whole)
         return whole.to(stored.dtype)
+
+    def stand_in(self, dtype: torch.dtype | None) -> Callable[[nn.Parameter], Tensor]:
+        """What stands for each parameter in a twin: its value with trials, in `dtype` if given."""
+        names = {delta.address.parameter for deltas in self._trials for delta in deltas}
+        tried = {id(self.parameter(name)): self._tried(name) for name in names}
+
+        def weight(parameter: nn.Parameter) -> Tensor:
+            value = tried.get(id(parameter), parameter).detach()
+            return value.to(dtype) if dtype and value.is_floating_point() else value
+
+        return weight
 
     @contextlib.contextmanager
     def trying(self, deltas: Sequence[WeightDelta]) -> Iterator[None]:
@@ -206,7 +218,7 @@ class ModelView:
         hooks += [self._tap_hook(batch, tap, tapped, len(taps), stop=not logits_at) for tap in taps]
         hooks.append(self._head_hook(batch, logits_at))
         logits = torch.empty(0)
-        with self._as_found(hooks), torch.set_grad_enabled(grad), contextlib.suppress(_Reached):
+        with self._as_found(hooks), torch.set_grad_enabled(grad), contextlib.suppress(Reached):
             logits = self._forward(**batch.inputs(), use_cache=False).logits.float()
         return Run(batch, logits, tapped)
 
@@ -250,7 +262,7 @@ class ModelView:
         def keep(value: Any) -> None:
             tapped[tap] = _by_row(value[0] if isinstance(value, tuple) else value, batch)
             if stop and len(tapped) == wanted:
-                raise _Reached
+                raise Reached
 
         module = self.model.get_submodule(tap.module)
         if tap.side == "input":

@@ -28,13 +28,13 @@ from torch import Tensor
 
 from knowpatch.deltas import LowRank, WeightDelta
 from knowpatch.method import Cost, EditMethod, MethodConfig, Preparation, Shape, register
-from knowpatch.models.passes import Tap
+from knowpatch.models.passes import Row, Tap
 from knowpatch.models.roles import LinearRole, at_depth
 from knowpatch.models.view import ModelView
 from knowpatch.parts import moments, prefixes
 from knowpatch.parts.solve import cholesky, gain, least_change, mixed_change, ridged
 from knowpatch.parts.spans import Encoded, continuation, subject_position
-from knowpatch.parts.values import Row, ValueSettings, ValueTask, optimise
+from knowpatch.parts.values import ValueSettings, ValueTask, optimise
 from knowpatch.patch import Patch
 from knowpatch.request import EditRequest
 

@@ -1,0 +1,134 @@
+"""Past: rows of tokens that a model has read, to be read on from.
+
+What the attention of each block keeps of a token (its key and value) does not depend on what
+follows, so a beginning that several rows share is read once. Padding may stand anywhere between
+the pieces; the mask says where, and positions are counted without it.
+Axes: B rows, P columns read so far, S columns of the next piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Past:
+    """Rows read so far: a transformers cache (None before the first piece), and the mask."""
+
+    cache: Any
+    mask_BP: Tensor
+
+    @classmethod
+    def nothing(cls, rows: int, device: torch.device) -> Past:
+        return cls(None, torch.zeros(rows, 0, dtype=torch.long, device=device))
+
+    @property
+    def columns(self) -> int:
+        return int(self.mask_BP.shape[1])
+
+    def pick(self, rows: Sequence[int]) -> Past:
+        """The past of each of `rows`, which may repeat; what was picked from is used up."""
+        index = torch.tensor(rows, dtype=torch.long, device=self.mask_BP.device)
+        if self.cache is not None:
+            self.cache.batch_select_indices(index)
+        return Past(self.cache, self.mask_BP[index])
+
+    def inputs(self, piece: Piece) -> dict[str, Any]:
+        """Keyword arguments for a model that reads `piece` on top of this past."""
+        seen_B1 = self.mask_BP.sum(1, keepdim=True)
+        positions = (seen_B1 + piece.mask_BS.cumsum(1) - 1).clamp(min=0)
+        inputs = {
+            "input_ids": piece.ids_BS,
+            "attention_mask": torch.cat([self.mask_BP, piece.mask_BS], dim=1),
+            "position_ids": positions,
+        }
+        return inputs if self.cache is None else {**inputs, "past_key_values": self.cache}
+
+    def read(self, model: Any, rows: Sequence[Sequence[int]]) -> Past:
+        """The past after one more piece of each row (which may be empty)."""
+        if not any(rows):
+            return self
+        piece = Piece.of(rows, self.mask_BP.device)
+        with torch.no_grad():
+            out = model(**self.inputs(piece), use_cache=True, logits_to_keep=1)
+        return Past(out.past_key_values, torch.cat([self.mask_BP, piece.mask_BS], dim=1))
+
+    def freeze(self) -> None:
+        """From now on a pass on top of this past leaves it as it is."""
+        for layer in self.cache.layers if self.cache is not None else ():
+            layer.update = _joined(layer)
+
+
+def _joined(layer: Any) -> Any:
+    def update(keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return torch.cat([layer.keys, keys], dim=-2), torch.cat([layer.values, values], dim=-2)
+
+    return update
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The next tokens of each row, padded on the right."""
+
+    ids_BS: Tensor
+    mask_BS: Tensor
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[int]], device: torch.device) -> Piece:
+        width = max(len(row) for row in rows)
+        ids = torch.zeros(len(rows), width, dtype=torch.long)
+        mask = torch.zeros(len(rows), width, dtype=torch.long)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+            mask[i, : len(row)] = 1
+        return cls(ids.to(device), mask.to(device))
+
+    def pick(self, rows: Sequence[int]) -> Piece:
+        """The pieces of `rows`, no wider than they need."""
+        index = torch.tensor(rows, dtype=torch.long, device=self.mask_BS.device)
+        width = int(self.mask_BS[index].sum(1).max())
+        return Piece(self.ids_BS[index, :width], self.mask_BS[index, :width])
+
+
+def read_shared(model: Any, rows: Sequence[Sequence[int]], device: torch.device) -> Past:
+    """The past of `rows`, where beginnings that several rows share are read once."""
+    heads = shared_beginnings([tuple(row) for row in rows])
+    first = list(dict.fromkeys(heads))
+    past = Past.nothing(len(first), device).read(model, first)
+    past = past.pick([first.index(head) for head in heads])
+    return past.read(model, [row[len(head) :] for row, head in zip(rows, heads, strict=True)])
+
+
+def shared_beginnings(
+    rows: Sequence[tuple[int, ...]], least: int = 1
+) -> list[tuple[int, ...]]:
+    """For each row the beginning that it shares with its like; () where sharing saves nothing.
+
+    Rows are taken in lexicographic order, and a row joins the group before it as long as what the
+    group saves, (rows - 1) * shared tokens, does not fall.
+    """
+    order = sorted(range(len(rows)), key=lambda i: rows[i])
+    groups: list[tuple[list[int], int]] = []
+    for i in order:
+        if groups:
+            members, length = groups[-1]
+            common = min(length, _common(rows[members[-1]], rows[i]))
+            if common >= least and common * len(members) >= length * (len(members) - 1):
+                groups[-1] = ([*members, i], common)
+                continue
+        groups.append(([i], len(rows[i])))
+    heads: list[tuple[int, ...]] = [()] * len(rows)
+    for members, length in groups:
+        for i in members if len(members) > 1 else ():
+            heads[i] = rows[i][:length]
+    return heads
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    pairs = zip(one, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

@@ -1,0 +1,241 @@
+"""Replay: of a pass through a model, only what a change at one place can change.
+
+A vector added to the output of a module in block l at position p changes nothing before p, nor at
+or below block l's input. So each row's tokens before p are read once (their keys and values are
+kept), and so is what enters block l from p on; a replayed pass then runs blocks l and above, from p
+on, and the head at the wanted places. The mathematics is that of the full pass: a probe per model
+says whether it holds, and where it does not, the full pass runs.
+Axes: B rows, S columns from the changed position on, D hidden size, M wanted places, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from knowpatch.models.batch import Place
+from knowpatch.models.passes import Row, Shift
+from knowpatch.models.past import Piece, read_shared
+from knowpatch.models.twin import twin
+from knowpatch.models.view import ModelView, Reached
+
+log = logging.getLogger(__name__)
+
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+"""Largest relative difference, in logits and gradients, at which a probe says that it holds."""
+
+
+class Pass(Protocol):
+    """Passes over the same rows with different vectors added."""
+
+    def logits(self, shift_BD: Tensor) -> Tensor:
+        """(M, V), float32: with shift_BD[i] added at the changed position of row i."""
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Forget all rows but these; wanted places stay in their order."""
+
+
+def passes(
+    view: ModelView,
+    module: str,
+    rows: Sequence[Row],
+    places: Sequence[Place],
+    *,
+    dtype: torch.dtype | None = None,
+) -> Pass:
+    """Passes over `rows` that can be repeated with different changes of `module`'s output.
+
+    Args:
+        view: the model, with trials in force now.
+        module: path of a module in one of the blocks.
+        rows: ids, and the position that is changed.
+        places: where logits are wanted, (row, position), at the changed position or behind it.
+        dtype: of the replayed part; None for the model's own.
+    """
+    attention = _holding(view, module)
+    if attention is None:
+        return Whole(view, module, rows, places)
+    return Replay(view, module, rows, places, dtype=dtype, attention=attention)
+
+
+class Whole:
+    """The plain way: the full pass each time."""
+
+    def __init__(
+        self, view: ModelView, module: str, rows: Sequence[Row], places: Sequence[Place]
+    ) -> None:
+        self.view, self.module, self.rows, self.places = view, module, list(rows), list(places)
+
+    def logits(self, shift_BD: Tensor) -> Tensor:
+        shift = Shift(self.module, [(i, row.position) for i, row in enumerate(self.rows)], shift_BD)
+        ids = [row.ids for row in self.rows]
+        return self.view.run(ids, logits_at=self.places, shifts=[shift], grad=True).logits_MV
+
+    def keep(self, rows: Sequence[int]) -> None:
+        self.places = renumbered(self.places, rows)
+        self.rows = [self.rows[row] for row in rows]
+
+
+class Replay:
+    """Blocks from the changed one up, from the changed position on."""
+
+    def __init__(
+        self,
+        view: ModelView,
+        module: str,
+        rows: Sequence[Row],
+        places: Sequence[Place],
+        *,
+        dtype: torch.dtype | None,
+        attention: str,
+    ) -> None:
+        self._twin = twin(view.model, attention=attention, weight=view.stand_in(dtype))
+        self._places = [(row, i - rows[row].position) for row, i in places]
+        self._past = read_shared(self._twin, [row.ids[: row.position] for row in rows], view.device)
+        self._past.freeze()
+        # What stands behind the last wanted place changes nothing there.
+        ends = [max((i for r, i in places if r == row), default=0) for row in range(len(rows))]
+        wanted = [row.ids[row.position : end + 1] for row, end in zip(rows, ends, strict=True)]
+        self._piece = Piece.of(wanted, view.device)
+        self._known = self._skip_below(view, view.roles.block_of(module))
+        self._shifted = self._twin.get_submodule(module)
+        self._head = self._twin.get_submodule(view.roles.head)
+
+    def _skip_below(self, view: ModelView, block: int) -> _Known | None:
+        """Run once what is below `block`, and put what it gives in its place."""
+        if block == 0:
+            return None
+        kept: list[Any] = []
+
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            kept.append(output)
+            raise Reached
+
+        below = self._twin.get_submodule(view.roles.blocks[block - 1].module)
+        hook = below.register_forward_hook(keep)
+        with _hooked(hook), torch.no_grad(), contextlib.suppress(Reached):
+            self._forward()
+        known = _Known(kept[0])
+        blocks = self._twin.get_submodule(view.roles.stack)
+        for number in range(block):
+            blocks[number] = known
+        return known
+
+    def _forward(self) -> Any:
+        return self._twin(**self._past.inputs(self._piece), use_cache=False)
+
+    def logits(self, shift_BD: Tensor) -> Tensor:
+        rows, columns = torch.tensor(self._places, device=shift_BD.device).T
+
+        def add(module: nn.Module, args: Any, output: Any) -> Any:
+            first = output[0] if isinstance(output, tuple) else output
+            by_row = first.reshape(*self._piece.ids_BS.shape, -1)
+            moved = by_row[:, :1] + shift_BD[:, None].to(first.dtype)
+            moved = torch.cat([moved, by_row[:, 1:]], dim=1).reshape(first.shape)
+            return (moved, *output[1:]) if isinstance(output, tuple) else moved
+
+        def pick(module: nn.Module, args: Any) -> Any:
+            return (args[0][rows, columns],)
+
+        hooks = self._shifted.register_forward_hook(add), self._head.register_forward_pre_hook(pick)
+        with _hooked(*hooks), torch.enable_grad():
+            logits: Tensor = self._forward().logits
+        return logits.float()
+
+    def keep(self, rows: Sequence[int]) -> None:
+        self._places = renumbered(self._places, rows)
+        self._past = self._past.pick(rows)
+        self._piece = self._piece.pick(rows)
+        if self._known is not None:
+            self._known.pick(rows, self._piece.ids_BS.shape[1])
+
+
+class _Known(nn.Module):
+    """Stands for blocks whose output (B, S, D) is known."""
+
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.output
+
+    def pick(self, rows: Sequence[int], columns: int) -> None:
+        if isinstance(self.output, tuple):
+            self.output = (self.output[0][list(rows), :columns], *self.output[1:])
+        else:
+            self.output = self.output[list(rows), :columns]
+
+
+@contextlib.contextmanager
+def _hooked(*handles: RemovableHandle) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def renumbered(places: Sequence[Place], rows: Sequence[int]) -> list[Place]:
+    """The places in `rows`, as if these were all rows there are."""
+    number = {row: i for i, row in enumerate(rows)}
+    return [(number[row], i) for row, i in places if row in number]
+
+
+def _holding(view: ModelView, module: str) -> str | None:
+    """The attention with which a replay of this model gives what the full pass gives, if any.
+
+    Plain attention first: for so few positions it is fast forward and backward in every precision.
+    """
+    if module not in view.replays:
+        own = view.model.config._attn_implementation
+        faults = []
+        for attention in dict.fromkeys(("eager", own)):
+            fault = _fault(view, module, attention)
+            if fault is None:
+                view.replays[module] = attention
+                break
+            faults.append(f"{attention}: {fault}")
+        else:
+            view.replays[module] = None
+            log.warning(
+                "%s is run whole where a part would do, since replaying gives other numbers (%s)",
+                view.source,
+                "; ".join(faults),
+            )
+    return view.replays[module]
+
+
+def _fault(view: ModelView, module: str, attention: str) -> str | None:
+    """What is wrong with a replay on a few rows; None if nothing is."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        top = min(view.parameter(f"{view.roles.embedding}.weight").shape[0], 1000)
+        ids = torch.randint(top, (3, 9)).tolist()
+        shift = torch.randn(3, view.roles.hidden_size)
+    rows = [Row(tuple(ids[0]), 4), Row((*ids[0][:3], *ids[1][:3]), 5), Row(tuple(ids[2]), 1)]
+    places = [(0, 4), (0, 8), (1, 5), (2, 3), (2, 7)]
+    whole = Whole(view, module, rows, places)
+    try:
+        part = Replay(view, module, rows, places, dtype=None, attention=attention)
+        found = [_probe(way, shift.to(view.device)) for way in (whole, part)]
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    for name, plain, fast in zip(("logits", "gradients"), *found, strict=True):
+        apart = float((plain - fast).norm() / plain.norm().clamp(min=1e-30))
+        if not apart <= TOLERANCE[view.parameter(f"{view.roles.embedding}.weight").dtype]:
+            return f"{name} differ by {apart:.1e}"
+    return None
+
+
+def _probe(way: Pass, shift_BD: Tensor) -> tuple[Tensor, Tensor]:
+    leaf = shift_BD.clone().requires_grad_()
+    logits = way.logits(leaf)
+    (grad,) = torch.autograd.grad(logits.log_softmax(-1)[:, 0].sum(), leaf)
+    return logits.detach(), grad
