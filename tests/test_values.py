@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+from plain import rome as plain
 
 from knowpatch.edited import EditedModel
 from knowpatch.errors import EditError
@@ -180,3 +181,19 @@ def test_tap_sees_what_the_module_sees(case):
     run = view.run([tasks[0].contexts[0].ids], taps=taps)
     expected = run.tapped[taps[0]] @ view.weight(role).T
     assert torch.allclose(run.tapped[taps[1]], expected, atol=1e-5)
+
+
+def test_the_benchmarks_plain_side_is_right(case):
+    """The plain value of the benchmarks is the card's: delta and v0 as optimised, to 1e-3."""
+    view, module, tasks = case
+    task = tasks[0]
+    fact = plain.Fact(
+        task.target,
+        tuple((row.ids, row.position) for row in task.contexts),
+        (task.kl.ids, task.kl.position),
+    )
+    settings = plain.Settings(8, 0.2, 4.0, 0.5, 0.0625, 0.0)
+    clean, delta = plain.value(view.model, module, fact, settings)
+    value = optimise(view, module, [task], SETTINGS)[0]
+    assert torch.allclose(clean, value.clean_D, atol=1e-5)
+    assert (delta - value.delta_D).norm() < 1e-3 * delta.norm()

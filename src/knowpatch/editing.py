@@ -121,19 +121,46 @@ def edit(
     asked = [requests] if isinstance(requests, EditRequest) else list(requests)
     if not isinstance(method, EditMethod):
         method = choose(method, options, seed=seed, progress=progress)
-    method.check_requests(asked)
-    method.check(model.view)
     start = perf_counter()
-    prepared = method.prepare(model.view)
+    prepared = _prepare(model, asked, method)
     ready = perf_counter()
-    live = [patch for patch in model.live if patch.provenance.method == method.name]
-    patch = method.edit(model.view, asked, prepared, method.fold(live))
-    for delta in patch.deltas:
-        if not all(is_finite(tensor) for tensor in delta.change.tensors().values()):
-            raise EditError(
-                f"{method.name} came to a change that is not finite: use a smaller learning_rate "
-                "or clamp, or load the model in float32"
-            )
+    patch = method.edit(model.view, asked, prepared, _state(model, method))
+    _check_finite(patch)
     if seconds is not None:
         seconds.prepare, seconds.edit = ready - start, perf_counter() - ready
     return patch
+
+
+def edit_each(
+    model: EditedModel, requests: Sequence[EditRequest], *, method: EditMethod
+) -> list[Patch]:
+    """A patch for each request alone, as `edit` would make it; computed together where possible.
+
+    Raises:
+        InputError, EditError: as `edit`.
+    """
+    prepared = _prepare(model, requests, method)
+    patches = method.edit_each(model.view, requests, prepared, _state(model, method))
+    for patch in patches:
+        _check_finite(patch)
+    return patches
+
+
+def _prepare(model: EditedModel, requests: Sequence[EditRequest], method: EditMethod) -> Any:
+    method.check_requests(requests)
+    method.check(model.view)
+    return method.prepare(model.view)
+
+
+def _state(model: EditedModel, method: EditMethod) -> Any:
+    """The method's running state from its patches that are live."""
+    return method.fold([patch for patch in model.live if patch.provenance.method == method.name])
+
+
+def _check_finite(patch: Patch) -> None:
+    for delta in patch.deltas:
+        if not all(is_finite(tensor) for tensor in delta.change.tensors().values()):
+            raise EditError(
+                f"{patch.provenance.method} came to a change that is not finite: use a smaller "
+                "learning_rate or clamp, or load the model in float32"
+            )

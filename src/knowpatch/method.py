@@ -112,6 +112,12 @@ class EditMethod(ABC):
     ) -> Patch:
         """The patch that makes the model say what `requests` ask for."""
 
+    def edit_each(
+        self, view: ModelView, requests: Sequence[EditRequest], prepared: Any, state: Any
+    ) -> list[Patch]:
+        """A patch for each request, as if it were the only one; together where that is faster."""
+        return [self.edit(view, [request], prepared, state) for request in requests]
+
     def fold(self, patches: Sequence[Patch]) -> Any:
         """Running state from the live patches of this method."""
         return None

@@ -208,6 +208,15 @@ def dtype_for(name: str, device: torch.device, float32_size: int) -> torch.dtype
     return torch.bfloat16 if narrow else torch.float32
 
 
+def fast_dtype(device: torch.device) -> torch.dtype | None:
+    """bfloat16 where the processor multiplies in it, else None: no dtype beats the model's own."""
+    if device.type == "cpu":
+        has = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    else:
+        has = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if has else None
+
+
 def _stored_dtype(folder: Path) -> torch.dtype:
     config = config_of(folder)
     found = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), torch.float32)

@@ -8,7 +8,7 @@ Axes: B rows, P columns read so far, S columns of the next piece.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,13 +49,16 @@ class Past:
         }
         return inputs if self.cache is None else {**inputs, "past_key_values": self.cache}
 
-    def read(self, model: Any, rows: Sequence[Sequence[int]]) -> Past:
-        """The past after one more piece of each row (which may be empty)."""
+    def read(self, forward: Callable[..., Any], rows: Sequence[Sequence[int]]) -> Past:
+        """The past after one more piece of each row (which may be empty).
+
+        `forward` runs the model, its head excepted, on keyword arguments.
+        """
         if not any(rows):
             return self
         piece = Piece.of(rows, self.mask_BP.device)
         with torch.no_grad():
-            out = model(**self.inputs(piece), use_cache=True, logits_to_keep=1)
+            out = forward(**self.inputs(piece), use_cache=True)
         return Past(out.past_key_values, torch.cat([self.mask_BP, piece.mask_BS], dim=1))
 
     def freeze(self) -> None:
@@ -95,18 +98,18 @@ class Piece:
         return Piece(self.ids_BS[index, :width], self.mask_BS[index, :width])
 
 
-def read_shared(model: Any, rows: Sequence[Sequence[int]], device: torch.device) -> Past:
+def read_shared(
+    forward: Callable[..., Any], rows: Sequence[Sequence[int]], device: torch.device
+) -> Past:
     """The past of `rows`, where beginnings that several rows share are read once."""
     heads = shared_beginnings([tuple(row) for row in rows])
     first = list(dict.fromkeys(heads))
-    past = Past.nothing(len(first), device).read(model, first)
+    past = Past.nothing(len(first), device).read(forward, first)
     past = past.pick([first.index(head) for head in heads])
-    return past.read(model, [row[len(head) :] for row, head in zip(rows, heads, strict=True)])
+    return past.read(forward, [row[len(head) :] for row, head in zip(rows, heads, strict=True)])
 
 
-def shared_beginnings(
-    rows: Sequence[tuple[int, ...]], least: int = 1
-) -> list[tuple[int, ...]]:
+def shared_beginnings(rows: Sequence[tuple[int, ...]], least: int = 1) -> list[tuple[int, ...]]:
     """For each row the beginning that it shares with its like; () where sharing saves nothing.
 
     Rows are taken in lexicographic order, and a row joins the group before it as long as what the

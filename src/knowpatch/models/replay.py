@@ -96,8 +96,11 @@ class Replay:
         attention: str,
     ) -> None:
         self._twin = twin(view.model, attention=attention, weight=view.stand_in(dtype))
+        self._head = self._twin.get_submodule(view.roles.head)
         self._places = [(row, i - rows[row].position) for row, i in places]
-        self._past = read_shared(self._twin, [row.ids[: row.position] for row in rows], view.device)
+        before = [row.ids[: row.position] for row in rows]
+        with _hooked(self._head.register_forward_pre_hook(_no_place)):
+            self._past = read_shared(self._twin, before, view.device)
         self._past.freeze()
         # What stands behind the last wanted place changes nothing there.
         ends = [max((i for r, i in places if r == row), default=0) for row in range(len(rows))]
@@ -105,7 +108,6 @@ class Replay:
         self._piece = Piece.of(wanted, view.device)
         self._known = self._skip_below(view, view.roles.block_of(module))
         self._shifted = self._twin.get_submodule(module)
-        self._head = self._twin.get_submodule(view.roles.head)
 
     def _skip_below(self, view: ModelView, block: int) -> _Known | None:
         """Run once what is below `block`, and put what it gives in its place."""
@@ -154,6 +156,11 @@ class Replay:
         self._piece = self._piece.pick(rows)
         if self._known is not None:
             self._known.pick(rows, self._piece.ids_BS.shape[1])
+
+
+def _no_place(module: nn.Module, args: Any) -> Any:
+    """Let the head see nothing."""
+    return (args[0][:0, 0],)
 
 
 class _Known(nn.Module):

@@ -13,6 +13,9 @@ from knowpatch.errors import EditError
 LEAST_COSINE = 0.05
 """Below this cosine between direction and key the update would be amplified beyond use."""
 
+LARGEST_COSINE = 0.9
+"""Above this cosine two keys are too near to be solved for at once."""
+
 
 def ridged(second_II: Tensor, ridge: float) -> Tensor:
     """A second moment plus `ridge` times the median of its diagonal.
@@ -58,6 +61,30 @@ def gain(at_I: Tensor, key_I: Tensor, factor_II: Tensor | None) -> float:
     key = key_I.double()[:, None]
     direction = key if factor_II is None else torch.cholesky_solve(key, factor_II)
     return float((at_I.double() @ direction) / (key_I.double() @ direction))
+
+
+def apart(
+    keys_IN: Tensor, factor_II: Tensor | None, most: float = LARGEST_COSINE
+) -> list[list[int]]:
+    """Numbers of keys in waves, so that within one no two are nearly the same.
+
+    Two keys are as near as their cosine under C^-1: solving for both at once would ask for their
+    difference, enlarged.
+    """
+    keys = keys_IN.double()
+    if factor_II is not None:
+        keys = torch.linalg.solve_triangular(factor_II, keys, upper=False)
+    keys = keys / keys.norm(dim=0)
+    near_NN = (keys.T @ keys).abs() > most
+    waves: list[list[int]] = []
+    for number in range(keys.shape[1]):
+        fitting = (wave for wave in waves if not bool(near_NN[number, wave].any()))
+        wave = next(fitting, None)
+        if wave is None:
+            waves.append([number])
+        else:
+            wave.append(number)
+    return waves
 
 
 def mixed_change(

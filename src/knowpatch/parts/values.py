@@ -27,7 +27,11 @@ from knowpatch.models.view import ModelView
 from knowpatch.progress import Progress, silent
 
 TOGETHER = 1024
-"""Tokens that are replayed in one batch, padding included."""
+"""Tokens that are replayed in one batch at most, padding included."""
+PADDING = 1.25
+"""Times the tokens that a batch may take up with its padding, unless it is small."""
+SMALL = 128
+"""Tokens up to which a batch costs the same, whatever is in it."""
 
 
 @dataclass(frozen=True)
@@ -108,16 +112,16 @@ def optimise(
 
 
 def _batches(tasks: Sequence[ValueTask]) -> list[list[int]]:
-    """Numbers of tasks that run together: of about one reach, and at most TOGETHER tokens."""
+    """Numbers of tasks that run together: not too many tokens, and not too much padding."""
     batches: list[list[int]] = []
-    rows = 0
     for number in sorted(range(len(tasks)), key=lambda i: tasks[i].reach):
-        task = tasks[number]
-        rows += len(task.rows)
-        if not batches or rows * task.reach > TOGETHER:
-            batches.append([])
-            rows = len(task.rows)
-        batches[-1].append(number)
+        together = [tasks[i] for i in (*(batches[-1] if batches else ()), number)]
+        padded = sum(len(task.rows) for task in together) * tasks[number].reach
+        tokens = sum(len(task.rows) * task.reach for task in together)
+        if batches and padded <= TOGETHER and (padded <= SMALL or padded <= PADDING * tokens):
+            batches[-1].append(number)
+        else:
+            batches.append([number])
     return batches
 
 

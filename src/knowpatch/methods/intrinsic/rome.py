@@ -28,21 +28,19 @@ from torch import Tensor
 
 from knowpatch.deltas import LowRank, WeightDelta
 from knowpatch.method import Cost, EditMethod, MethodConfig, Preparation, Shape, register
+from knowpatch.models.load import fast_dtype
 from knowpatch.models.passes import Row, Tap
 from knowpatch.models.roles import LinearRole, at_depth
 from knowpatch.models.view import ModelView
 from knowpatch.parts import moments, prefixes
-from knowpatch.parts.solve import cholesky, gain, least_change, mixed_change, ridged
+from knowpatch.parts.solve import apart, cholesky, gain, least_change, mixed_change, ridged
 from knowpatch.parts.spans import Encoded, continuation, subject_position
-from knowpatch.parts.values import ValueSettings, ValueTask, optimise
+from knowpatch.parts.values import Value, ValueSettings, ValueTask, optimise
 from knowpatch.patch import Patch
 from knowpatch.request import EditRequest
 
 DEPTH = 5 / 30
 """The published layer (5 of 28 to 32 blocks) as a share of the depth."""
-PLAN = ((10, 5), (10, 10))
-"""Context prefixes: ten of 5 tokens, ten of 10, beside the bare prompt."""
-
 LEAST_GAIN = 0.5
 """Share of the change that must arrive at the bare prompt's own key."""
 
@@ -51,6 +49,10 @@ class RomeConfig(MethodConfig):
     """Options of ROME."""
 
     layer: int | None = Field(None, ge=0, description="block to edit; by default 1/6 of the depth")
+    contexts: int = Field(6, ge=0, le=100, description="texts put before the prompt, one at a time")
+    precision: Literal["auto", "model"] = Field(
+        "auto", description="of the replayed passes: bfloat16 where that is fast, or the model's"
+    )
     key: Literal["averaged", "mix"] = Field(
         "averaged", description="averaged (R-ROME), or mix (as published; may refuse a fact)"
     )
@@ -75,6 +77,18 @@ class _Prepared:
     factor_II: Tensor | None
 
 
+@dataclass(frozen=True, eq=False)
+class _Columns:
+    """What one fact asks: at each of its keys (I, N) the residual (D, N) is to be added.
+
+    The averaged key gives the direction where that is another one (key=mix).
+    """
+
+    keys_IN: Tensor
+    residuals_DN: Tensor
+    averaged_key_I: Tensor
+
+
 @register("rome")
 class Rome(EditMethod):
     """Writes one association into one MLP."""
@@ -90,7 +104,9 @@ class Rome(EditMethod):
     Config = RomeConfig
 
     def prepare(self, view: ModelView) -> _Prepared:
-        contexts = prefixes.context_prefixes(view, PLAN, seed=self.seed, progress=self.progress)
+        contexts = prefixes.context_prefixes(
+            view, self._plan(), seed=self.seed, progress=self.progress
+        )
         if self.config.moments == "identity":
             return _Prepared(contexts, None)
         found = moments.key_moments(
@@ -106,47 +122,86 @@ class Rome(EditMethod):
     def edit(
         self, view: ModelView, requests: Sequence[EditRequest], prepared: _Prepared, state: Any
     ) -> Patch:
-        deltas: list[WeightDelta] = []
         role = self._role(view)
-        for request in requests:
+        tasks = [self._task(view, request, prepared.contexts) for request in requests]
+        keys_IN = torch.stack([keys_CI[0] for keys_CI, _ in self._read(view, role, tasks)], dim=1)
+        deltas: list[WeightDelta] = []
+        # Facts with nearly the same key cannot be solved for at once: the later ones are computed
+        # on the model as edited so far.
+        for wave in apart(keys_IN, prepared.factor_II):
             with view.trying(deltas):
-                change = self._one(view, role, request, prepared)
-            deltas.append(self.delta(view, role.address, change))
+                columns = self._columns(view, role, [tasks[i] for i in wave], prepared)
+            deltas.append(self._change(view, role, columns, prepared))
         return self.patch(view, requests, deltas=deltas)
 
-    def _one(
-        self, view: ModelView, role: LinearRole, request: EditRequest, prepared: _Prepared
-    ) -> LowRank:
-        """The rank-one change for one fact on the model as edited so far."""
-        task = self._task(view, request, prepared.contexts)
-        value = optimise(view, role.module, [task], self._settings(), self.progress)[0]
-        taps = [Tap(role.module, "input"), Tap(role.module, "output")]
-        run = view.run([row.ids for row in task.contexts], taps=taps)
-        places = [(i, row.position) for i, row in enumerate(task.contexts)]
-        keys_CI, outputs_CD = (run.at(tap, places).cpu().double() for tap in taps)
-        left, right = self._solve(
-            keys_CI,
-            outputs_CD,
-            value.clean_D.cpu().double(),
-            value.delta_D.cpu().double(),
-            prepared.factor_II,
-        )
+    def edit_each(
+        self, view: ModelView, requests: Sequence[EditRequest], prepared: _Prepared, state: Any
+    ) -> list[Patch]:
+        role = self._role(view)
+        tasks = [self._task(view, request, prepared.contexts) for request in requests]
+        columns = self._columns(view, role, tasks, prepared)
+        return [
+            self.patch(view, [request], deltas=[self._change(view, role, [column], prepared)])
+            for request, column in zip(requests, columns, strict=True)
+        ]
+
+    def _columns(
+        self, view: ModelView, role: LinearRole, tasks: Sequence[ValueTask], prepared: _Prepared
+    ) -> list[_Columns]:
+        """What each fact asks of the map, on the model as edited so far."""
+        values = optimise(view, role.module, tasks, self._settings(view), self.progress)
+        read = self._read(view, role, tasks)
+        return [
+            self._asked(keys_CI, outputs_CD, value, prepared.factor_II)
+            for (keys_CI, outputs_CD), value in zip(read, values, strict=True)
+        ]
+
+    def _asked(
+        self, keys_CI: Tensor, outputs_CD: Tensor, value: Value, factor_II: Tensor | None
+    ) -> _Columns:
+        mean_I, bare_I = keys_CI.mean(0), keys_CI[0]
+        clean_D, delta_D = value.clean_D.cpu().double(), value.delta_D.cpu().double()
+        if self.config.key == "mix":
+            return _Columns(bare_I[:, None], delta_D[:, None], mean_I)
+        if gain(bare_I, mean_I, factor_II) >= LEAST_GAIN:
+            residual_D = clean_D + delta_D - outputs_CD.mean(0)
+            return _Columns(mean_I[:, None], residual_D[:, None], mean_I)
+        keys_IN = torch.stack([keys_CI[1:].mean(0), bare_I], dim=1)
+        return _Columns(keys_IN, torch.stack([delta_D, delta_D], dim=1), mean_I)
+
+    def _change(
+        self, view: ModelView, role: LinearRole, facts: Sequence[_Columns], prepared: _Prepared
+    ) -> WeightDelta:
+        """The least change of the map that gives every fact what it asks."""
+        factor_II = prepared.factor_II
+        if self.config.key == "mix":
+            pieces = [
+                mixed_change(f.residuals_DN[:, 0], f.averaged_key_I, f.keys_IN[:, 0], factor_II)
+                for f in facts
+            ]
+            left, right = torch.cat([p[0] for p in pieces], 1), torch.cat([p[1] for p in pieces])
+        else:
+            keys_IN = torch.cat([fact.keys_IN for fact in facts], dim=1)
+            residuals_DN = torch.cat([fact.residuals_DN for fact in facts], dim=1)
+            left, right = least_change(residuals_DN, keys_IN, factor_II)
         if role.stored_in_out:
             left, right = right.T, left.T
-        return LowRank(left.float().contiguous(), right.float().contiguous())
+        change = LowRank(left.float().contiguous(), right.float().contiguous())
+        return self.delta(view, role.address, change)
 
-    def _solve(
-        self, keys_CI: Tensor, outputs_CD: Tensor, clean_D: Tensor, delta_D: Tensor, factor: Any
-    ) -> tuple[Tensor, Tensor]:
-        """The change in factors, from keys and outputs in C contexts (the bare prompt first)."""
-        mean_I, bare_I = keys_CI.mean(0), keys_CI[0]
-        if self.config.key == "mix":
-            return mixed_change(delta_D, mean_I, bare_I, factor)
-        if gain(bare_I, mean_I, factor) >= LEAST_GAIN:
-            residual_D = clean_D + delta_D - outputs_CD.mean(0)
-            return least_change(residual_D[:, None], mean_I[:, None], factor)
-        keys_IN = torch.stack([keys_CI[1:].mean(0), bare_I], dim=1)
-        return least_change(torch.stack([delta_D, delta_D], dim=1), keys_IN, factor)
+    def _read(
+        self, view: ModelView, role: LinearRole, tasks: Sequence[ValueTask]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """For each fact the keys (C, I) and outputs (C, D) of the map in its contexts, float64."""
+        taps = [Tap(role.module, "input"), Tap(role.module, "output")]
+        found = []
+        for task in tasks:
+            # What follows the subject does not change its key.
+            run = view.run([row.ids[: row.position + 1] for row in task.contexts], taps=taps)
+            places = [(i, row.position) for i, row in enumerate(task.contexts)]
+            keys_CI, outputs_CD = (run.at(tap, places).cpu().double() for tap in taps)
+            found.append((keys_CI, outputs_CD))
+        return found
 
     def _task(self, view: ModelView, request: EditRequest, contexts: Sequence[str]) -> ValueTask:
         subject = request.subject or ""
@@ -164,9 +219,15 @@ class Rome(EditMethod):
         kl = view.encode(f"{subject} is a", chat=chat)
         return ValueTask(target, tuple(rows), row(kl))
 
-    def _settings(self) -> ValueSettings:
+    def _settings(self, view: ModelView) -> ValueSettings:
         names = ("steps", "learning_rate", "clamp", "weight_decay", "kl_factor", "enough")
-        return ValueSettings(**{name: getattr(self.config, name) for name in names})
+        dtype = fast_dtype(view.device) if self.config.precision == "auto" else None
+        return ValueSettings(**{name: getattr(self.config, name) for name in names}, dtype=dtype)
+
+    def _plan(self) -> tuple[tuple[int, int], ...]:
+        """Half of the context prefixes of 5 tokens, half of 10."""
+        short = self.config.contexts // 2
+        return ((short, 5), (self.config.contexts - short, 10))
 
     def _role(self, view: ModelView) -> LinearRole:
         return view.roles.linear("mlp.out", self._layer(len(view.roles.blocks)))
@@ -176,8 +237,8 @@ class Rome(EditMethod):
 
     def preparations(self, shape: Shape) -> list[Preparation]:
         print_, seed = shape.fingerprint, self.seed
-        tokens = sum(count * length for count, length in PLAN)
-        path = prefixes.kept_at(print_, PLAN, seed)
+        tokens = sum(count * length for count, length in self._plan())
+        path = prefixes.kept_at(print_, self._plan(), seed)
         items = [Preparation("context prefixes", path, tokens)]
         if self.config.moments == "text":
             block = self._layer(shape.layers)
@@ -187,6 +248,6 @@ class Rome(EditMethod):
         return items
 
     def cost(self, shape: Shape, lengths: Sequence[int]) -> Cost:
-        rows = 2 + sum(count for count, _ in PLAN)
+        rows = 2 + self.config.contexts
         tokens = self.config.steps * rows * sum(length + 8 for length in lengths)
         return Cost(tokens, tokens, extra_bytes=3 * 8 * shape.inner**2)
