@@ -6,6 +6,7 @@ A method from a plug-in folder (KNOWPATCH_METHODS) is held to the same promises 
 from __future__ import annotations
 
 import itertools
+from typing import get_args
 
 import pytest
 import tiny
@@ -14,7 +15,7 @@ import torch
 from knowpatch.edited import EditedModel
 from knowpatch.editing import choose, edit
 from knowpatch.errors import ModelError
-from knowpatch.method import METHODS
+from knowpatch.method import METHODS, Export
 from knowpatch.models.fingerprint import tensor_digest
 from knowpatch.parts.spans import continuation
 from knowpatch.patch import Patch
@@ -29,8 +30,8 @@ OPTIONS = {
 EVERYWHERE = [("llama", name) for name in NAMES] + [
     (architecture, name) for architecture in ("gemma2", "gpt2") for name in NAMES
 ]
-# One method per mechanism on the other architectures: a dense delta and a low-rank one.
-MECHANISMS = [name for name in ("ft", "rome") if name in NAMES]
+# One method per mechanism on the other architectures: a dense delta, a low-rank one, a wrap.
+MECHANISMS = [name for name in ("ft", "rome", "grace") if name in NAMES]
 OTHERS = [a for a in tiny.ARCHITECTURES if a not in ("llama", "gemma2", "gpt2")]
 PAIRS = EVERYWHERE + list(itertools.product(OTHERS, MECHANISMS))
 
@@ -113,15 +114,38 @@ def test_the_edit_takes(made, architecture, name):
 
 
 @pytest.mark.parametrize(("architecture", "name"), PAIRS)
-def test_merged_equals_trying(made, architecture, name):
-    """Weights written give the logits that the same deltas gave as a trial, to 1e-4."""
+def test_merged_equals_beside(made, architecture, name):
+    """Applied, and carried by a session, a patch gives the same log-probabilities to 1e-4."""
     model, patch = made(architecture, name)
-    row = model.view.encode(FRANCE.prompt).ids
-    with model.trying(patch.deltas):
-        tried = model.view.run([row], logits_at=[(0, len(row) - 1)]).logits_MV
+    with model.session([patch]):
+        beside = _score(model, FRANCE)
     with model.applied(patch):
-        merged = model.view.run([row], logits_at=[(0, len(row) - 1)]).logits_MV
-    assert torch.allclose(tried, merged, atol=1e-4)
+        merged = _score(model, FRANCE)
+    assert merged.logprobs == pytest.approx(beside.logprobs, abs=1e-4)
+    assert merged.logprobs != _score(model, FRANCE).logprobs
+
+
+@pytest.mark.parametrize(("architecture", "name"), EVERYWHERE)
+def test_each_row_carries_its_own_patches(made, architecture, name):
+    """In a batch of mixed rows, on either padding, each row scores as it does alone."""
+    model, patch = made(architecture, name)
+    encoded = [model.encode(r.prompt) for r in (FRANCE, NILE, FRANCE)]
+    pairs = [
+        (e.ids, continuation(model.tokenizer, e, r.target))
+        for e, r in zip(encoded, (FRANCE, NILE, FRANCE), strict=True)
+    ]
+    rows = [patch, patch, None]
+    alone = []
+    for pair, row in zip(pairs, rows, strict=True):
+        with model.session([row]):
+            alone += model.view.score([pair])
+    for side in ("right", "left"):
+        model.view.padding = side
+        with model.session(rows):
+            together = model.view.score(pairs)
+        model.view.padding = "right"
+        for one, other in zip(alone, together, strict=True):
+            assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4), side
 
 
 @pytest.mark.parametrize(("architecture", "name"), EVERYWHERE)
@@ -245,6 +269,7 @@ def test_facts_are_complete(name):
     method = METHODS.get(name)
     assert method.name == name
     assert method.family in ("external", "merged", "intrinsic")
-    assert all([method.paper, method.summary, method.choose, method.exports])
+    assert all([method.paper, method.summary, method.choose])
+    assert set(method.exports) <= set(get_args(Export))
     assert all(field.description for field in method.Config.model_fields.values())
     assert choose(name).config == method.Config()

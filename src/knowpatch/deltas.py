@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeInt
-from torch import Tensor
+from torch import Tensor, nn
 
 from knowpatch.errors import PatchError
 
@@ -62,6 +62,12 @@ class LowRank:
         """`tensor` (R, C) plus this change, a new tensor; differentiable."""
         return tensor + self.left @ self.right
 
+    def through(self, inputs: Tensor, stored_in_out: bool) -> Tensor:
+        """What this change of a linear map adds to its outputs, for (..., in) inputs."""
+        if stored_in_out:
+            return inputs @ self.left @ self.right
+        return inputs @ self.right.T @ self.left.T
+
 
 @dataclass(frozen=True, eq=False)
 class Rows:
@@ -90,6 +96,12 @@ class Rows:
     def added_to(self, tensor: Tensor) -> Tensor:
         return tensor.index_add(0, self.index.to(tensor.device), self.values)
 
+    def through(self, inputs: Tensor, stored_in_out: bool) -> Tensor:
+        if stored_in_out:
+            return inputs[..., self.index] @ self.values
+        added = inputs.new_zeros(*inputs.shape[:-1], int(self.index.max()) + 1)
+        return added.index_add(-1, self.index, inputs @ self.values.T)
+
 
 @dataclass(frozen=True, eq=False)
 class Dense:
@@ -109,6 +121,9 @@ class Dense:
 
     def added_to(self, tensor: Tensor) -> Tensor:
         return tensor + self.delta
+
+    def through(self, inputs: Tensor, stored_in_out: bool) -> Tensor:
+        return inputs @ (self.delta if stored_in_out else self.delta.T)
 
 
 Delta = LowRank | Rows | Dense
@@ -140,6 +155,22 @@ class WeightDelta:
             return part
         before, after = wide.narrow(dim, 0, start), wide.narrow(dim, stop, size - stop)
         return torch.cat([before, part, after], dim=dim)
+
+    def through(self, inputs: Tensor, outputs: int, stored_in_out: bool) -> Tensor:
+        """What this change of a weight adds to its map's outputs, float32.
+
+        Args:
+            inputs: (..., in), of any float dtype.
+            outputs: the map's output size.
+            stored_in_out: whether the weight is stored (in, out), not (out, in).
+        """
+        change, wide = _on(self.change, inputs.device), inputs.float()
+        start = self.address.start
+        if (self.address.dim == 0) == stored_in_out:  # a slice of the inputs
+            stop = wide.shape[-1] if self.address.stop is None else self.address.stop
+            wide, start = wide[..., start:stop], 0
+        added = change.through(wide, stored_in_out)
+        return nn.functional.pad(added, (start, outputs - start - added.shape[-1]))
 
     def check(self, whole: Sequence[int]) -> None:
         """PatchError unless the change fits a parameter of shape `whole`."""

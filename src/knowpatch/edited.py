@@ -1,16 +1,18 @@
 """EditedModel: a base model and the ordered patches that live on it. The only writer of weights.
 
-Merged mode: the current tensor is the left fold, in float32, of the live patches over the base
-bytes, rounded once to the tensor's type. Appending continues the fold; dropping from the middle
-folds again from the base, never subtracts (subtraction does not give the bytes back). With no live
-patch a tensor is its base, byte for byte, and the same live sequence on the same machine gives the
-same bytes.
+Two modes. Merged, for what one ships: the current tensor is the left fold, in float32, of the live
+patches over the base bytes, rounded once to the tensor's type. Appending continues the fold;
+dropping from the middle folds again from the base, never subtracts (subtraction does not give the
+bytes back). With no live patch a tensor is its base, byte for byte, and the same live sequence on
+the same machine gives the same bytes. Beside, for what one serves: within a session each row of a
+batch carries patches of its own, computed next to weights that stay as they are. The two give the
+same numbers (to 1e-4 in float32).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +20,22 @@ import torch
 from torch import Tensor
 
 from knowpatch.deltas import WeightDelta, is_finite
-from knowpatch.errors import ForeignModelError, OptionError, PatchError
+from knowpatch.errors import OptionError, PatchError
 from knowpatch.files import replacing
+from knowpatch.fits import canonical_names, check_fits
 from knowpatch.models import load as load_model
+from knowpatch.models.beside import check_beside, repeats, session_of
+from knowpatch.models.beside import session as beside_session
 from knowpatch.models.fingerprint import tensor_digest
 from knowpatch.models.gguf import quiet_transformers
 from knowpatch.models.view import ModelView
-from knowpatch.parts.rules import check_rule, render
+from knowpatch.parts.rules import render
 from knowpatch.parts.spans import Encoded
 from knowpatch.patch import Patch
 from knowpatch.progress import Progress, silent
+
+Carried = Patch | str | Sequence[Patch | str] | None
+"""What one row of a session carries: a patch or its id, several, or nothing."""
 
 
 class EditedModel:
@@ -40,9 +48,10 @@ class EditedModel:
     def __init__(self, view: ModelView) -> None:
         self.view = view
         self._live: list[Patch] = []
+        self._held: dict[str, Patch] = {}
         self._base: dict[str, Tensor] = {}
         self._wide: dict[str, Tensor] = {}
-        self._canonical = _canonical_names(view.model)
+        self._canonical = canonical_names(view.model)
         view.originals = self._base
 
     @classmethod
@@ -66,32 +75,57 @@ class EditedModel:
             raise AttributeError(name)
         return getattr(self.view.model, name)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward pass. Prompt rules act where prompts are: `generate` and `ask`."""
-        return self.view.model(*args, **kwargs)
+    def __call__(self, input_ids: Tensor, **kwargs: Any) -> Any:
+        """The model's forward pass, with wraps and sessions. Prompt rules act in `generate`, `ask`.
+
+        The prompt of a row is taken to be all of it; a pass on top of `past_key_values` goes on
+        from a prompt that was read before.
+        """
+        if kwargs.get("past_key_values") is not None:
+            return self.view.model(input_ids, **kwargs)
+        lasts = _lasts(input_ids, kwargs.get("attention_mask"))
+        with self.view.passing(lasts):
+            return self.view.model(input_ids, **kwargs)
 
     def generate(self, input_ids: Tensor, **kwargs: Any) -> Tensor:
-        """transformers' `generate`, with live prompt rules put in front of each row.
+        """transformers' `generate`, with wraps, sessions, and prompt rules in front of each row.
 
-        What comes back starts with the given `input_ids`, as without rules.
+        Rows may be padded on either side. What comes back starts with the given `input_ids`.
         """
-        if not self._rules():
-            out: Tensor = self.view.model.generate(input_ids, **kwargs)
-            return out
         mask = kwargs.pop("attention_mask", None)
         mask = torch.ones_like(input_ids) if mask is None else mask
-        texts = [
-            self.view.decode(r[m.bool()].tolist()) for r, m in zip(input_ids, mask, strict=True)
-        ]
-        batch = self.view.batch([self.encode(text).ids for text in texts], side="left")
-        out = self.view.model.generate(batch.ids_BT, attention_mask=batch.mask_BT, **kwargs)
-        new = out[:, batch.ids_BT.shape[1] :]
-        return torch.cat([input_ids.repeat_interleave(len(new) // len(input_ids), 0), new], dim=1)
+        rows = [row[kept.bool()].tolist() for row, kept in zip(input_ids, mask, strict=True)]
+        session = session_of(self.model)
+        times = repeats(session, len(rows))
+        if any(patch.rule for patches in (self._live, *session) for patch in patches):
+            rows = [
+                self.encode(self.view.decode(row), patches=session[number // times]).ids
+                for number, row in enumerate(rows)
+            ]
+        batch = self.view.batch(rows, side="left")
+        width = batch.ids_BT.shape[1]
+        with self.view.passing([width - 1] * len(rows)):
+            out: Any = self.view.model.generate(
+                batch.ids_BT, attention_mask=batch.mask_BT, **kwargs
+            )
+        if not isinstance(out, Tensor):  # return_dict_in_generate: as transformers gives it
+            return out  # type: ignore[no-any-return]
+        copies = len(out) // len(rows)
+        return torch.cat([input_ids.repeat_interleave(copies, 0), out[:, width:]], dim=1)
 
-    def encode(self, prompt: str, *, chat: bool = False) -> Encoded:
-        """A question as ids, rewritten by the live prompt rules."""
+    def encode(
+        self, prompt: str, *, chat: bool = False, patches: Sequence[Patch] | None = None
+    ) -> Encoded:
+        """A question as ids, rewritten by the live prompt rules and by those of `patches`.
+
+        Args:
+            prompt: the question.
+            chat: whether it is asked through the chat template.
+            patches: that the question carries; by default those of this context's session.
+        """
+        carried = self.carried() if patches is None else patches
         before, system = "", None
-        for rule in self._rules():
+        for rule in (patch.rule for patch in (*self._live, *carried) if patch.rule is not None):
             around = render(rule, prompt, chat=chat)
             before += around.before
             system = around.system if system is None else system
@@ -109,8 +143,75 @@ class EditedModel:
         """The live patches, in the order in which they were applied."""
         return tuple(self._live)
 
-    def _rules(self) -> list[Any]:
-        return [patch.rule for patch in self._live if patch.rule is not None]
+    def carried(self) -> tuple[Patch, ...]:
+        """What a single question carries in this context's session.
+
+        Raises:
+            OptionError: the session has several rows; questions come one at a time.
+        """
+        rows = session_of(self.model)
+        if len(rows) > 1:
+            raise OptionError(
+                f"a session of {len(rows)} rows is for batches of as many rows: ask single "
+                "questions in a session of one row"
+            )
+        return rows[0]
+
+    def hold(self, patch: Patch) -> str:
+        """Keep `patch` at hand for sessions, without applying it; returns its id.
+
+        Raises:
+            ForeignModelError, PatchError: it does not fit, or cannot be computed beside the model.
+        """
+        if patch.id not in self._held:
+            check_fits(patch, self.view, self._canonical)
+            check_beside(patch, self.model)
+            self._held[patch.id] = patch
+        return patch.id
+
+    def release(self, patch_id: str) -> None:
+        """Forget a patch that `hold` or a session keeps at hand."""
+        del self._held[self._one(self._held.values(), patch_id, "held").id]
+
+    @contextlib.contextmanager
+    def session(self, rows: Sequence[Carried]) -> Iterator[EditedModel]:
+        """Within the block, in this thread or task alone, row i of a batch carries rows[i].
+
+        Patches that are live act on every row as well. A session of one row is for every row of
+        any batch; else a batch has as many rows, or a multiple (n adjacent ones for each).
+
+        Args:
+            rows: for each row a patch, the id of a held one, several of them, or None.
+
+        Raises:
+            OptionError: an unknown id; PatchError: a patch that is live, or cannot be carried.
+        """
+        if not rows:
+            raise OptionError("a session of no rows was given; give at least one, [None] for none")
+        carried = tuple(self._resolved(row) for row in rows)
+        with beside_session(self.model, carried):
+            yield self
+
+    def _resolved(self, row: Carried) -> tuple[Patch, ...]:
+        items = () if row is None else (row,) if isinstance(row, Patch | str) else row
+        found = []
+        for item in items:
+            patch = self._one(self._held.values(), item, "held") if isinstance(item, str) else item
+            self.hold(patch)
+            if patch in self._live or patch in found:
+                where = "already applied" if patch in self._live else "twice in one row"
+                raise PatchError(f"patch {patch.id[:12]} is {where}: it would act twice")
+            found.append(patch)
+        return tuple(found)
+
+    def _one(self, patches: Iterable[Patch], patch_id: str, what: str) -> Patch:
+        """The one of `patches` whose id begins so."""
+        known = list(patches)
+        found = [patch for patch in known if patch.id.startswith(patch_id)]
+        if len(found) != 1 or not patch_id:
+            ids = ", ".join(patch.id[:12] for patch in known) or "none"
+            raise OptionError(f"no single {what} patch has id {patch_id!r}; {what}: {ids}")
+        return found[0]
 
     def apply(self, patch: Patch, *, tied: Sequence[str] = ()) -> None:
         """Make `patch` live, behind the patches that are live already; whole or not at all.
@@ -125,13 +226,17 @@ class EditedModel:
         """
         if patch in self._live:
             raise PatchError(f"patch {patch.id[:12]} is already applied")
-        self._check(patch, tied)
+        check_fits(patch, self.view, self._canonical, tied)
         grown = {
             name: self._fold(self._current(name), [patch], name) for name in self._touched(patch)
         }
         for name, wide in grown.items():
             self._write(name, wide)
-        self._live.append(patch)
+        self._set_live([*self._live, patch])
+
+    def _set_live(self, patches: list[Patch]) -> None:
+        self._live = patches
+        self.view.standing = tuple(patch for patch in patches if patch.wraps)
 
     def drop(self, patch_id: str) -> None:
         """Take a live patch back; the others stay, as if it had never been applied.
@@ -139,12 +244,9 @@ class EditedModel:
         Raises:
             OptionError: no live patch has this id (a unique beginning of it is enough).
         """
-        found = [patch for patch in self._live if patch.id.startswith(patch_id)]
-        if len(found) != 1 or not patch_id:
-            live = ", ".join(patch.id[:12] for patch in self._live) or "none"
-            raise OptionError(f"no single live patch has id {patch_id!r}; live: {live}")
-        self._live.remove(found[0])
-        for name in self._touched(found[0]):
+        found = self._one(self._live, patch_id, "live")
+        self._set_live([patch for patch in self._live if patch is not found])
+        for name in self._touched(found):
             rest = [patch for patch in self._live if name in self._touched(patch)]
             if rest:
                 self._write(name, self._fold(self._base[name].float(), rest, name))
@@ -176,7 +278,7 @@ class EditedModel:
         Written beside and renamed, so that no half-written folder is ever left.
 
         Raises:
-            PatchError: a live patch holds a prompt rule, which merged weights cannot carry.
+            PatchError: a live patch holds a prompt rule or a wrap, which weights cannot carry.
         """
         for patch in self._live:
             if patch.rule is not None:
@@ -184,6 +286,11 @@ class EditedModel:
                     f"patch {patch.id[:12]} ({patch.provenance.method}) is a prompt rule and "
                     "changes no weight: it cannot be merged; "
                     "put its text in front of your prompts instead"
+                )
+            if patch.wraps:
+                raise PatchError(
+                    f"patch {patch.id[:12]} ({patch.provenance.method}) acts while the model runs "
+                    "and changes no weight: it cannot be merged; serve it with knowpatch instead"
                 )
         folder = Path(folder)
         stage = f"writing {folder.name}"
@@ -230,46 +337,10 @@ class EditedModel:
         with torch.no_grad():
             self.view.parameter(name).copy_(value)
 
-    # -- checks ------------------------------------------------------------------------------------
 
-    def _check(self, patch: Patch, tied: Sequence[str]) -> None:
-        made_for, mine = patch.provenance.fingerprint, self.view.fingerprint
-        if made_for != mine:
-            raise ForeignModelError(
-                f"patch {patch.id[:12]} was made for the model with fingerprint {made_for[:16]}, "
-                f"{self.view.source} has {mine[:16]}; load the model it was made for"
-            )
-        if patch.rule is not None:
-            check_rule(patch.rule)
-        for delta in patch.deltas:
-            self._check_delta(delta, tied)
-
-    def _check_delta(self, delta: WeightDelta, tied: Sequence[str]) -> None:
-        name = delta.address.parameter
-        if name not in self._canonical:
-            raise PatchError(f"the patch changes {name!r}, which {self.view.source} does not have")
-        delta.check(tuple(self.view.parameter(name).shape))
-        shared = [
-            other for other, first in self._canonical.items() if first == self._canonical[name]
-        ]
-        if len(shared) > 1 and name not in tied:
-            raise PatchError(
-                f"{name} is tied ({' = '.join(shared)}): changing it changes all of them; "
-                f"allow it by name: tied=[{name!r}]"
-            )
-        stored = self.view.identity.stored_digest(name)
-        if delta.base and stored and stored != delta.base:
-            raise ForeignModelError(
-                f"the stored tensor {name} of {self.view.source} ({stored[:16]}) is not the one "
-                f"the patch was made on ({delta.base[:16]})"
-            )
-
-
-def _canonical_names(model: Any) -> dict[str, str]:
-    """Each parameter's name to the first name of the same storage, so that tied ones are one."""
-    first: dict[tuple[int, tuple[int, ...]], str] = {}
-    names = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        key = (parameter.data_ptr(), tuple(parameter.shape))
-        names[name] = first.setdefault(key, name) if parameter.numel() else name
-    return names
+def _lasts(ids_BT: Tensor, mask_BT: Tensor | None) -> list[int]:
+    """The column of each row's last token."""
+    mask_BT = torch.ones_like(ids_BT) if mask_BT is None else mask_BT
+    columns = torch.arange(ids_BT.shape[1], device=ids_BT.device)
+    lasts: list[int] = (columns * mask_BT.bool()).max(dim=1).values.tolist()
+    return lasts

@@ -21,7 +21,7 @@ from knowpatch.deltas import Address, Delta, WeightDelta
 from knowpatch.errors import ModelError, OptionError, RequestError, did_you_mean
 from knowpatch.models.view import ModelView
 from knowpatch.parts.spans import Encoded, continuation
-from knowpatch.patch import Patch, PromptRule, Provenance
+from knowpatch.patch import Patch, PromptRule, Provenance, Wrap
 from knowpatch.progress import Progress, silent
 from knowpatch.registry import Registry
 from knowpatch.request import EditRequest
@@ -79,7 +79,7 @@ class EditMethod(ABC):
         roles: linear maps that the model must have (with the default options).
         batch: whether one call may take several requests.
         sequential: whether edits may follow each other.
-        exports: what its patches can be shipped as.
+        exports: what its patches can be shipped as, beyond the patch file.
         Config: its options.
     """
 
@@ -197,6 +197,7 @@ class EditMethod(ABC):
         *,
         deltas: Sequence[WeightDelta] = (),
         rule: PromptRule | None = None,
+        wraps: Sequence[Wrap] = (),
     ) -> Patch:
         """A patch with this method's provenance."""
         provenance = Provenance(
@@ -207,7 +208,7 @@ class EditMethod(ABC):
             requests=tuple(requests),
             version=__version__,
         )
-        return Patch(provenance, tuple(deltas), rule)
+        return Patch(provenance, tuple(deltas), rule, tuple(wraps))
 
 
 def advice(field: str, request: EditRequest) -> str:

@@ -1,8 +1,9 @@
 """Patch: what an edit is, as a value that can be saved, named by its content and taken back.
 
-A patch holds deltas, addressed by parameter and slice, and at most one prompt rule. It holds data
-only: a rule names its kind and version, and the code for that kind lives in the library. Its id is
-the hash of its content, so the same inputs give the same file, byte for byte.
+A patch holds deltas, addressed by parameter and slice, wraps by module, and at most one prompt
+rule. It holds data only: a wrap or a rule names its kind and version, and the code for that kind
+lives in the library. Its id is the hash of its content, so the same inputs give the same file, byte
+for byte.
 
 On disk: one safetensors file; one metadata entry "knowpatch" with the header as canonical JSON.
 Nothing in it is ever unpickled.
@@ -31,7 +32,7 @@ from knowpatch.errors import PatchError
 from knowpatch.files import write_atomically
 from knowpatch.request import EditRequest
 
-FORMAT = 1
+FORMAT = 2
 HEADER = "knowpatch"
 LARGEST_HEADER = 4 * 2**20
 """Bytes. Ten thousand requests fit; parsing costs up to a hundred times as much memory."""
@@ -42,6 +43,19 @@ class PromptRule(Value):
 
     kind: str
     data: dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Wrap:
+    """What acts on the output of `module` while the model runs; `kind` is "name@version".
+
+    `tensors` hold float32 (or int64), `data` what JSON can hold.
+    """
+
+    module: str
+    kind: str
+    data: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
 
 
 class Provenance(Value):
@@ -63,11 +77,13 @@ class Patch:
         provenance: what it was made from.
         deltas: weight changes, in the order in which they are added.
         rule: a prompt rule, for methods that leave the weights alone.
+        wraps: what acts on modules while the model runs.
     """
 
     provenance: Provenance
     deltas: tuple[WeightDelta, ...] = ()
     rule: PromptRule | None = None
+    wraps: tuple[Wrap, ...] = ()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Patch) and other.id == self.id
@@ -121,13 +137,24 @@ class Patch:
                 for delta in self.deltas
             ],
             "rule": self.rule.model_dump() if self.rule else None,
+            "wraps": [
+                {
+                    "module": wrap.module,
+                    "kind": wrap.kind,
+                    "data": dict(wrap.data),
+                    "tensors": sorted(wrap.tensors),
+                }
+                for wrap in self.wraps
+            ],
         }
 
     def _tensors(self) -> dict[str, Tensor]:
+        parts = [(f"{n:04d}", delta.change.tensors()) for n, delta in enumerate(self.deltas)]
+        parts += [(f"w{n:04d}", dict(wrap.tensors)) for n, wrap in enumerate(self.wraps)]
         return {
-            f"{number:04d}.{name}": tensor.detach().cpu().contiguous()
-            for number, delta in enumerate(self.deltas)
-            for name, tensor in delta.change.tensors().items()
+            f"{number}.{name}": tensor.detach().cpu().contiguous()
+            for number, tensors in parts
+            for name, tensor in tensors.items()
         }
 
     @classmethod
@@ -156,12 +183,20 @@ class Patch:
     @classmethod
     def _from(cls, path: Path, header: _Header, tensors: Mapping[str, Tensor]) -> Patch:
         _check_tensors(str(path), tensors)
-        deltas = []
-        for number, part in enumerate(header.deltas):
-            prefix = f"{number:04d}."
-            parts = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-            deltas.append(WeightDelta(part.address, FORMS[part.form](**parts), part.base))
-        patch = cls(provenance=header.provenance, deltas=tuple(deltas), rule=header.rule)
+
+        def under(number: str) -> dict[str, Tensor]:
+            prefix = f"{number}."
+            return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+        deltas = tuple(
+            WeightDelta(part.address, FORMS[part.form](**under(f"{number:04d}")), part.base)
+            for number, part in enumerate(header.deltas)
+        )
+        wraps = tuple(
+            Wrap(part.module, part.kind, part.data, under(f"w{number:04d}"))
+            for number, part in enumerate(header.wraps)
+        )
+        patch = cls(header.provenance, deltas, header.rule, wraps)
         if patch.id != header.id:
             raise PatchError(f"{path}: damaged (its content does not give the id it carries)")
         return patch
@@ -173,12 +208,20 @@ class _Part(Value):
     base: str
 
 
+class _Wrapped(Value):
+    module: str
+    kind: str
+    data: dict[str, Any]
+    tensors: tuple[str, ...]
+
+
 class _Header(Value):
-    format: Literal[1]
+    format: Literal[2]
     id: str
     provenance: Provenance
     deltas: tuple[_Part, ...]
     rule: PromptRule | None
+    wraps: tuple[_Wrapped, ...]
 
 
 def _canonical(header: Mapping[str, Any]) -> str:
@@ -210,11 +253,13 @@ def _parse_header(path: Path, metadata: Mapping[str, str] | None) -> _Header:
 
 
 def _expected_names(header: _Header) -> set[str]:
-    return {
+    deltas = {
         f"{number:04d}.{name}"
         for number, part in enumerate(header.deltas)
         for name in _field_names(part.form)
     }
+    wraps = {f"w{n:04d}.{name}" for n, part in enumerate(header.wraps) for name in part.tensors}
+    return deltas | wraps
 
 
 def _check_tensors(what: str, tensors: Mapping[str, Tensor]) -> None:

@@ -22,7 +22,8 @@ def run(as_json: Json = False) -> None:
         yes = [word for word in ("batch", "sequential") if fact[word]]
         console.print(
             f"    needs: {', '.join(['prompt', 'target', *fact['needs']])}"
-            f"; {', '.join(yes) or 'one at a time'}; ships as: {', '.join(fact['exports'])}"
+            f"; {', '.join(yes) or 'one at a time'}"
+            f"; ships as: {', '.join(['patch', *fact['exports']])}"
         )
         for option in fact["options"]:
             default = "" if option["default"] is None else f"={option['default']}"

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from knowpatch.models.batch import Place
+from knowpatch.models.hooks import Reached
 from knowpatch.models.passes import Row, Shift
 from knowpatch.models.past import Piece, read_shared
 from knowpatch.models.twin import twin
-from knowpatch.models.view import ModelView, Reached
+from knowpatch.models.view import ModelView
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,9 @@ state changed. Axes: B rows, T columns, M asked places, V vocabulary, D hidden s
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,17 +23,19 @@ from transformers import GenerationConfig
 from knowpatch.deltas import WeightDelta
 from knowpatch.errors import OptionError, RequestError
 from knowpatch.models.batch import Batch, Place, Side
+from knowpatch.models.beside import Beside, session_of
 from knowpatch.models.fingerprint import Identity
+from knowpatch.models.hooks import Hook, Reached, choosing, shifting, tapping
 from knowpatch.models.passes import Run, Scored, Shift, Tap
 from knowpatch.models.roles import LinearRole, Roles, find_roles
-from knowpatch.parts.spans import Encoded, encode
+from knowpatch.parts.prompts import encode_prompt
+from knowpatch.parts.spans import Encoded
+from knowpatch.parts.wraps import Joined
+from knowpatch.patch import Patch
 
-PLACE = "\ue000"
-"""A character for private use, which no template and no prompt holds."""
-
-
-class Reached(Exception):
-    """Ends a pass once everything asked for has been seen."""
+_TRIALS: ContextVar[tuple[tuple[object, Sequence[WeightDelta]], ...]] = ContextVar(
+    "trials", default=()
+)
 
 
 @dataclass
@@ -43,6 +47,7 @@ class ModelView:
         tokenizer: its tokenizer, a fast one.
         identity: fingerprint and tensor hashes.
         originals: tensors as they came, by parameter name, kept by whoever changes the model.
+        standing: live patches with wraps, which every row of every pass carries.
         padding: side on which `run` pads.
         source: what the model was loaded from, for messages.
     """
@@ -52,12 +57,20 @@ class ModelView:
     identity: Identity
     source: str = "a model in memory"
     originals: Mapping[str, Tensor] = field(default_factory=dict)
+    standing: Sequence[Patch] = ()
     padding: Side = "right"
 
     def __post_init__(self) -> None:
         self.roles: Roles = find_roles(self.model)
-        self._trials: list[Sequence[WeightDelta]] = []
         self.replays: dict[str, str | None] = {}
+        self._joined: dict[Any, list[Joined]] = {}
+        # One pass at a time: hooks sit on modules that all threads share.
+        self._lock = threading.RLock()
+
+    @property
+    def _trials(self) -> list[WeightDelta]:
+        """What is tried in this context, oldest first."""
+        return [delta for mine, deltas in _TRIALS.get() if mine is self for delta in deltas]
 
     @property
     def device(self) -> torch.device:
@@ -89,14 +102,14 @@ class ModelView:
     def _tried(self, name: str) -> Tensor:
         stored: Tensor = self.parameter(name).detach()
         whole = stored
-        for delta in (delta for deltas in self._trials for delta in deltas):
+        for delta in self._trials:
             if delta.address.parameter == name:
                 whole = delta.added_to(whole)
         return whole.to(stored.dtype)
 
     def stand_in(self, dtype: torch.dtype | None) -> Callable[[nn.Parameter], Tensor]:
         """What stands for each parameter in a twin: its value with trials, in `dtype` if given."""
-        names = {delta.address.parameter for deltas in self._trials for delta in deltas}
+        names = {delta.address.parameter for delta in self._trials}
         tried = {id(self.parameter(name)): self._tried(name) for name in names}
 
         def weight(parameter: nn.Parameter) -> Tensor:
@@ -107,15 +120,15 @@ class ModelView:
 
     @contextlib.contextmanager
     def trying(self, deltas: Sequence[WeightDelta]) -> Iterator[None]:
-        """Within the block the model computes as if `deltas` had been applied.
+        """Within the block, and this context, the model computes as if `deltas` had been applied.
 
         The deltas may hold float32 leaves that require grad; the model's own weights never do.
         """
-        self._trials.append(deltas)
+        token = _TRIALS.set((*_TRIALS.get(), (self, deltas)))
         try:
             yield
         finally:
-            self._trials.pop()
+            _TRIALS.reset(token)
 
     # -- text ------------------------------------------------------------------------------------
 
@@ -134,30 +147,14 @@ class ModelView:
             before: text put in front of the prompt.
             system: the system turn, with `chat`.
         """
-        prompt = prompt.strip() if chat else prompt.rstrip(" ")
-        if not chat:
-            return encode(self.tokenizer, before + prompt, content=len(before))
-        if not self.has_chat:
+        if chat and not self.has_chat:
             raise OptionError(
                 f"the tokenizer of {self.source} has no chat template: ask without chat"
             )
-        text = self._framed(before + prompt, system)
-        # The frame is rendered around a mark as well: the prompt's words may stand in it, too.
-        mark = self._framed(PLACE, system).find(PLACE) + len(before)
-        content = mark if text.startswith(prompt, mark) else max(text.rfind(prompt), 0)
-        return encode(self.tokenizer, text, special=False, content=content)
-
-    def _framed(self, words: str, system: str | None) -> str:
-        turns = [{"role": "user", "content": words}]
-        if system is not None:
-            turns.insert(0, {"role": "system", "content": system})
         try:
-            text: str = self.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=True
-            )
+            return encode_prompt(self.tokenizer, prompt, chat=chat, before=before, system=system)
         except TemplateError as error:  # a template may refuse: Gemma's knows no system turn
             raise OptionError(f"the chat template of {self.source} refuses: {error}") from None
-        return text
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of generated ids, without special tokens."""
@@ -201,11 +198,13 @@ class ModelView:
         taps: Sequence[Tap] = (),
         shifts: Sequence[Shift] = (),
         grad: bool = False,
+        prompts: Sequence[int] | None = None,
     ) -> Run:
         """One pass over `rows` of ids.
 
         Args:
             rows: token ids, one sequence a row.
+            prompts: how many of each row's ids are its prompt; by default all.
             logits_at: places whose next-token logits are wanted; the head runs only there. With
                 none, the pass ends as soon as every tap has been seen.
             taps: what to capture.
@@ -214,22 +213,42 @@ class ModelView:
         """
         batch = self.batch(rows)
         tapped: dict[Tap, Tensor] = {}
-        hooks = [self._shift_hook(batch, shift) for shift in shifts]
-        hooks += [self._tap_hook(batch, tap, tapped, len(taps), stop=not logits_at) for tap in taps]
-        hooks.append(self._head_hook(batch, logits_at))
+        part = self.model.get_submodule
+        hooks = [shifting(part(shift.module), batch, shift) for shift in shifts]
+        for tap in taps:
+            last = None if logits_at else len(taps)
+            hooks.append(tapping(part(tap.module), batch, tap, tapped, last))
+        hooks.append(choosing(part(self.roles.head), batch, logits_at))
         logits = torch.empty(0)
-        with self._as_found(hooks), torch.set_grad_enabled(grad), contextlib.suppress(Reached):
+        ends = [len(row) for row in rows] if prompts is None else prompts
+        lasts = [start + end - 1 for start, end in zip(batch.starts, ends, strict=True)]
+        with self.passing(lasts, hooks), torch.set_grad_enabled(grad), contextlib.suppress(Reached):
             logits = self._forward(**batch.inputs(), use_cache=False).logits.float()
         return Run(batch, logits, tapped)
 
     def _forward(self, **inputs: Any) -> Any:
-        names = {delta.address.parameter for deltas in self._trials for delta in deltas}
+        names = {delta.address.parameter for delta in self._trials}
         if not names:
             return self.model(**inputs)
         return functional_call(self.model, {name: self._tried(name) for name in names}, (), inputs)
 
     @contextlib.contextmanager
-    def _as_found(self, hooks: Sequence[Callable[[], Any]] = ()) -> Iterator[None]:
+    def passing(self, lasts: Sequence[int], hooks: Sequence[Hook] = ()) -> Iterator[None]:
+        """A pass or a generation: evaluation mode, `hooks`, and what this context carries beside.
+
+        Everything is as it was after the block, and no other thread passes meanwhile.
+
+        Args:
+            lasts: for each row of the batch the column of its last prompt token.
+            hooks: what else to register.
+        """
+        rows = session_of(self.model)
+        beside = Beside(self.model, self.roles, rows, self.standing, lasts, self._joined)
+        with self._lock, self._as_found([*beside.hooks(), *hooks]):
+            yield
+
+    @contextlib.contextmanager
+    def _as_found(self, hooks: Sequence[Hook]) -> Iterator[None]:
         """Evaluation mode and hooks for the block; everything as it was after it."""
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()
@@ -243,38 +262,6 @@ class ModelView:
             for module in training:
                 module.training = True
 
-    def _shift_hook(self, batch: Batch, shift: Shift) -> Callable[[], Any]:
-        rows, columns = batch.at(shift.places)
-
-        def add(module: nn.Module, args: Any, output: Any) -> Any:
-            first = output[0] if isinstance(output, tuple) else output
-            moved = _by_row(first, batch).index_put(
-                (rows, columns), shift.delta_MD.to(first.dtype), accumulate=True
-            )
-            moved = moved.reshape(first.shape)
-            return (moved, *output[1:]) if isinstance(output, tuple) else moved
-
-        return lambda: self.model.get_submodule(shift.module).register_forward_hook(add)
-
-    def _tap_hook(
-        self, batch: Batch, tap: Tap, tapped: dict[Tap, Tensor], wanted: int, *, stop: bool
-    ) -> Callable[[], Any]:
-        def keep(value: Any) -> None:
-            tapped[tap] = _by_row(value[0] if isinstance(value, tuple) else value, batch)
-            if stop and len(tapped) == wanted:
-                raise Reached
-
-        module = self.model.get_submodule(tap.module)
-        if tap.side == "input":
-            return lambda: module.register_forward_pre_hook(lambda m, args: keep(args))
-        return lambda: module.register_forward_hook(lambda m, args, output: keep(output))
-
-    def _head_hook(self, batch: Batch, places: Sequence[Place]) -> Callable[[], Any]:
-        """Let the head see only the asked places: it is a third of a small model's work."""
-        rows, columns = batch.at(places)
-        head = self.model.get_submodule(self.roles.head)
-        return lambda: head.register_forward_pre_hook(lambda m, args: (args[0][rows, columns],))
-
     def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Scored]:
         """Force each answer behind its prompt, in one batch; both as ids."""
         rows = [[*prompt, *answer[:-1]] for prompt, answer in pairs]
@@ -283,7 +270,8 @@ class ModelView:
             for row, (prompt, answer) in enumerate(pairs)
             for i in range(len(answer))
         ]
-        logits_MV = self.run(rows, logits_at=places).logits_MV
+        prompts = [len(prompt) for prompt, _ in pairs]
+        logits_MV = self.run(rows, logits_at=places, prompts=prompts).logits_MV
         flat = torch.tensor([i for _, answer in pairs for i in answer], device=logits_MV.device)
         logprobs = logits_MV.log_softmax(-1).gather(1, flat[:, None])[:, 0].tolist()
         correct = (logits_MV.argmax(-1) == flat).tolist()
@@ -321,7 +309,8 @@ class ModelView:
             pad_token_id=self.tokenizer.pad_token_id or 0,
             eos_token_id=list(self.stop_ids) or None,
         )
-        with self._as_found(), torch.no_grad(), self._own_randomness():
+        lasts = [batch.ids_BT.shape[1] - 1] * len(rows)
+        with self.passing(lasts), torch.no_grad(), self._own_randomness():
             torch.manual_seed(seed)
             out = self.model.generate(
                 input_ids=batch.ids_BT, attention_mask=batch.mask_BT, generation_config=config
@@ -338,8 +327,3 @@ class ModelView:
     def _until_stop(self, ids: list[int]) -> tuple[int, ...]:
         ends = [i for i, token in enumerate(ids) if token in self.stop_ids]
         return tuple(ids[: ends[0] + 1] if ends else ids)
-
-
-def _by_row(tensor: Tensor, batch: Batch) -> Tensor:
-    """(B, T, .), also where a model runs its MLP on flattened rows (OPT)."""
-    return tensor.reshape(*batch.ids_BT.shape, -1) if tensor.ndim == 2 else tensor

@@ -61,8 +61,8 @@ class ValueSettings:
 
     Attributes:
         steps: passes at most (one fewer updates).
-        learning_rate: of Adam; None for clamp * |v0| / (4 sqrt D), which reaches the ball's edge
-            in about four steps whatever the model's scale.
+        learning_rate: of Adam; None for r / (4 sqrt D), with which a length of r is reached in
+            about four steps whatever the model's scale. r is the ball's radius, or |v0| / 2.
         clamp: radius of the ball, in |v0|; None for no ball.
         weight_decay, kl_factor: weights of the two terms.
         enough: a task is done when its NLL is below this. (The published code tests the whole
@@ -142,8 +142,9 @@ class _Descent:
         )
         self.clean_ND = _clean_outputs(view, module, tasks)
         norm_N = self.clean_ND.norm(dim=1)
-        self.radius_N = norm_N * (torch.inf if settings.clamp is None else settings.clamp)
-        self.rate_N = self.radius_N / (4 * self.clean_ND.shape[1] ** 0.5)
+        clamp = settings.clamp
+        self.radius_N = norm_N * (torch.inf if clamp is None else clamp)
+        self.rate_N = norm_N * (clamp or 0.5) / (4 * self.clean_ND.shape[1] ** 0.5)
         if settings.learning_rate is not None:
             self.rate_N = torch.full_like(norm_N, settings.learning_rate)
         self.decay_N = settings.weight_decay / norm_N**2

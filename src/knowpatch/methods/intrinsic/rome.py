@@ -65,10 +65,10 @@ class RomeConfig(MethodConfig):
     learning_rate: float | None = Field(
         None, gt=0, description="of Adam on the value; by default from the value's size"
     )
-    clamp: float = Field(8.0, gt=0, description="how far the value may move, in its own length")
+    clamp: float = Field(6.0, gt=0, description="how far the value may move, in its own length")
     weight_decay: float = Field(1e-3, ge=0, description="on the value's change")
     kl_factor: float = Field(0.0625, ge=0, description="on the drift of what the subject is")
-    enough: float = Field(0.05, gt=0, description="stop when the target's mean NLL is below this")
+    enough: float = Field(0.03, gt=0, description="stop when the target's mean NLL is below this")
 
 
 @dataclass(frozen=True, eq=False)

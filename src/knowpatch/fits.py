@@ -1,0 +1,83 @@
+"""Whether a patch fits a model: made for it, of known kinds, and of the right shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from knowpatch.deltas import WeightDelta
+from knowpatch.errors import ForeignModelError, PatchError
+from knowpatch.models.view import ModelView
+from knowpatch.parts.rules import check_rule
+from knowpatch.parts.wraps import check_wrap
+from knowpatch.patch import Patch
+
+
+def check_fits(
+    patch: Patch, view: ModelView, canonical: Mapping[str, str], tied: Sequence[str] = ()
+) -> None:
+    """Refuse, in one line, a patch that `view`'s model cannot carry.
+
+    Args:
+        patch: what is to be applied or held.
+        view: the model.
+        canonical: from `canonical_names`.
+        tied: names of tied parameters that may be changed all the same.
+
+    Raises:
+        ForeignModelError: made for another model; PatchError: does not fit.
+    """
+    made_for, mine = patch.provenance.fingerprint, view.fingerprint
+    if made_for != mine:
+        raise ForeignModelError(
+            f"patch {patch.id[:12]} was made for the model with fingerprint {made_for[:16]}, "
+            f"{view.source} has {mine[:16]}; load the model it was made for"
+        )
+    if patch.rule is not None:
+        check_rule(patch.rule)
+    for wrap in patch.wraps:
+        check_wrap(wrap, _map_shape(view, wrap.module))
+    for delta in patch.deltas:
+        _check_delta(delta, view, canonical, tied)
+
+
+def _map_shape(view: ModelView, module: str) -> tuple[int, int]:
+    """Output and input size of the linear map at `module`."""
+    for block in view.roles.blocks:
+        for role in block.linears.values():
+            if role.module == module:
+                out, into = role.oriented(view.parameter(role.address.parameter)).shape
+                return int(out), int(into)
+    raise PatchError(f"the patch wraps {module!r}, no linear map of {view.source}")
+
+
+def _check_delta(
+    delta: WeightDelta, view: ModelView, canonical: Mapping[str, str], tied: Sequence[str]
+) -> None:
+    name = delta.address.parameter
+    if name not in canonical:
+        raise PatchError(f"the patch changes {name!r}, which {view.source} does not have")
+    delta.check(tuple(view.parameter(name).shape))
+    shared = [other for other, first in canonical.items() if first == canonical[name]]
+    if len(shared) > 1 and name not in tied:
+        raise PatchError(
+            f"{name} is tied ({' = '.join(shared)}): changing it changes all of them; "
+            f"allow it by name: tied=[{name!r}]"
+        )
+    stored = view.identity.stored_digest(name)
+    if delta.base and stored and stored != delta.base:
+        raise ForeignModelError(
+            f"the stored tensor {name} of {view.source} ({stored[:16]}) is not the one "
+            f"the patch was made on ({delta.base[:16]})"
+        )
+
+
+def canonical_names(model: Any) -> dict[str, str]:
+    """Each parameter's name to the first name of the same parameter, so that tied ones are one."""
+    first: dict[Any, str] = {}
+    names = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        # A quantised tensor has no address of its own; it is tied where it is one object.
+        key = (parameter.data_ptr(), tuple(parameter.shape)) if parameter.data_ptr() else parameter
+        names[name] = first.setdefault(key, name) if parameter.numel() else name
+    return names

@@ -1,0 +1,92 @@
+"""Memory: keys with values, found again by distance.
+
+Entries are rows of tensors. Distances are taken directly, never through a matrix product, so that
+what a query finds does not depend on the queries beside it.
+Axes: N entries, Q queries, I size of a key, D size of a value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+Label = tuple[int, ...]
+MARGIN = 1e-5
+
+
+@dataclass(frozen=True, eq=False)
+class Memory:
+    """A discrete key-value memory (GRACE, Hartvigsen et al., arXiv 2211.11031).
+
+    Attributes:
+        keys_NI, values_ND: entries, float32.
+        radii_N: how far from its key an entry still answers.
+        labels: the token ids that each entry's value stands for.
+    """
+
+    keys_NI: Tensor
+    values_ND: Tensor
+    radii_N: Tensor
+    labels: tuple[Label, ...]
+
+    def nearest(self, queries_QI: Tensor) -> tuple[Tensor, Tensor]:
+        """For each query the distance to its nearest key, and that key's number (Q each)."""
+        distances_QN = torch.cdist(
+            queries_QI.float(), self.keys_NI, compute_mode="donot_use_mm_for_euclid_dist"
+        )
+        least = distances_QN.min(dim=1)
+        return least.values, least.indices
+
+    def hit(self, queries_QI: Tensor) -> Tensor:
+        """For each query the number of the entry that answers it, -1 for none (Q)."""
+        distances_Q, numbers_Q = self.nearest(queries_QI)
+        return torch.where(distances_Q <= self.radii_N[numbers_Q], numbers_Q, -1)
+
+    def to(self, device: torch.device) -> Memory:
+        return replace(
+            self,
+            keys_NI=self.keys_NI.to(device),
+            values_ND=self.values_ND.to(device),
+            radii_N=self.radii_N.to(device),
+        )
+
+
+def grown(entries: Sequence[Memory]) -> Memory:
+    """The memory after `entries`, taken one by one in their order (GRACE, algorithm 1).
+
+    A key outside every ball, at more than its own radius plus the nearest one's, is a new entry. A
+    key within reach of an entry with the same label widens that entry up to the key and is not
+    kept. With another label it is a new entry, and the two share the distance between them.
+    """
+    kept: list[tuple[Memory, int]] = []
+    keys_NI = torch.cat([memory.keys_NI for memory in entries])
+    radii: list[float] = []
+    numbers: list[int] = []  # of kept keys, in keys_NI
+    for offset, memory, i in _each(entries):
+        initial = float(memory.radii_N[i])
+        if numbers:
+            gaps_N = (keys_NI[numbers] - keys_NI[offset]).norm(dim=1)
+            near = int(gaps_N.argmin())
+            gap = float(gaps_N[near])
+            if gap <= initial + radii[near]:
+                if kept[near][0].labels[kept[near][1]] == memory.labels[i]:
+                    radii[near] = max(radii[near], gap)
+                    continue
+                radii[near], initial = gap / 2 - MARGIN, gap / 2
+        kept.append((memory, i))
+        numbers.append(offset)
+        radii.append(initial)
+    return Memory(
+        keys_NI[numbers],
+        torch.stack([memory.values_ND[i] for memory, i in kept]),
+        torch.tensor(radii),
+        tuple(memory.labels[i] for memory, i in kept),
+    )
+
+
+def _each(entries: Sequence[Memory]) -> list[tuple[int, Memory, int]]:
+    pairs = [(memory, i) for memory in entries for i in range(len(memory.labels))]
+    return [(offset, memory, i) for offset, (memory, i) in enumerate(pairs)]
