@@ -59,7 +59,8 @@ def controls() -> tuple[str, ...]:
 
 
 @cache
-def _subjects() -> tuple[str, ...]:
+def subjects() -> tuple[str, ...]:
+    """The names that ship with the library, to ask the same of other subjects."""
     return _lines("subjects.txt")
 
 
@@ -115,7 +116,7 @@ def _same_subject(request: EditRequest) -> list[str]:
 def _neighbours(view: ModelView, request: EditRequest) -> list[str]:
     """The prompt about other subjects: those that the model itself holds to be most alike."""
     subject = request.subject or ""
-    others = [name for name in _subjects() if name.lower() not in request.prompt.lower()]
+    others = [name for name in subjects() if name.lower() not in request.prompt.lower()]
     start, stop = subject_span(request.prompt, subject)
     before = request.prompt[:start]
     if before.lower().endswith("the "):

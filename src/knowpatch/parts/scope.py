@@ -1,7 +1,8 @@
 """How far apart the keys of prompts lie in one model: what a distance threshold is made from.
 
-Two numbers, from the library's control prompts: how far a prompt's key is from the keys of its own
-rewordings, and how near the keys of unrelated prompts come. Kept per model and place.
+Two numbers, from the library's own prompts: how far a prompt's key is from those of its rewordings,
+and how near the keys of the same sentence about different subjects come, which are the nearest of
+all that must be told apart. Kept per model and place.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from torch import Tensor
 from knowpatch.files import cache_folder, write_atomically
 from knowpatch.models.passes import Tap
 from knowpatch.models.view import ModelView
-from knowpatch.probes import LEAD_INS, controls
+from knowpatch.probes import ABOUT, LEAD_INS, controls, subjects
 from knowpatch.progress import Progress, silent
 
 NEAREST = 0.01
-"""Share of the pairs of unrelated prompts that are nearer than `far`."""
+"""Share of the pairs of sentences about different subjects that are nearer than `far`."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Scope:
 
 def kept_at(fingerprint: str, role: str, layer: int) -> Path:
     """The file that the scope of one map of one model is kept in."""
-    key = hashlib.sha256(json.dumps([1, fingerprint, role, layer, NEAREST, LEAD_INS]).encode())
+    key = hashlib.sha256(json.dumps([fingerprint, role, layer, NEAREST, LEAD_INS, ABOUT]).encode())
     return cache_folder() / "scopes" / f"{key.hexdigest()[:32]}.json"
 
 
@@ -45,13 +46,16 @@ def key_scope(view: ModelView, role: str, layer: int, progress: Progress = silen
     path = kept_at(view.fingerprint, role, layer)
     with contextlib.suppress(OSError, ValueError, TypeError):
         return Scope(**json.loads(path.read_text(encoding="utf-8")))
-    prompts, module = controls(), view.roles.linear(role, layer).module
-    keys_NI = _keys(view, module, prompts, progress)
-    reworded = [
-        f"{lead} {prompt[0].lower()}{prompt[1:]}" for lead in LEAD_INS for prompt in prompts
-    ]
-    near = (_keys(view, module, reworded, progress) - keys_NI.repeat(len(LEAD_INS), 1)).norm(dim=1)
-    found = Scope(float(near.median()), float(torch.pdist(keys_NI).quantile(NEAREST)))
+    module = view.roles.linear(role, layer).module
+    prompts = [text.replace("{}", name) for text in ABOUT for name in subjects()]
+    reworded = [f"{lead} {t[0].lower()}{t[1:]}" for lead in LEAD_INS for t in controls()]
+    asked = [*controls(), *reworded]
+    keys_NI = _keys(view, module, [*prompts, *asked], progress)
+    about, rest = keys_NI[: len(prompts)], keys_NI[len(prompts) :]
+    plain, moved = rest[: len(controls())], rest[len(controls()) :]
+    near = (moved - plain.repeat(len(LEAD_INS), 1)).norm(dim=1).median()
+    apart = torch.cat([torch.pdist(same) for same in about.split(len(subjects()))])
+    found = Scope(float(near), float(apart.quantile(NEAREST)))
     write_atomically(path, json.dumps(asdict(found)).encode())
     return found
 

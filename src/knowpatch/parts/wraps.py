@@ -32,16 +32,16 @@ class Joined(Protocol):
         """What the module puts out there (B, D)."""
 
 
-def codebook(module: str, entries: Memory) -> Wrap:
+def codebook(module: str, entries: Sequence[Memory]) -> Wrap:
     """A wrap that overwrites a module's output where its input is near a key (GRACE)."""
     return Wrap(
         module=module,
         kind=CODEBOOK,
-        data={"labels": [list(label) for label in entries.labels]},
+        data={"labels": [list(label) for memory in entries for label in memory.labels]},
         tensors={
-            "keys": entries.keys_NI,
-            "values": entries.values_ND,
-            "radii": entries.radii_N,
+            "keys": torch.cat([memory.keys_NI for memory in entries]),
+            "values": torch.cat([memory.values_ND for memory in entries]),
+            "radii": torch.cat([memory.radii_N for memory in entries]),
         },
     )
 

@@ -30,8 +30,8 @@ from knowpatch.request import EditRequest
 DEPTH = 27 / 32
 """The published layer (27 of 32 blocks) as a share of the depth."""
 
-CALIBRATION_TOKENS = 3_000
-"""What the control prompts and their rewordings come to, about."""
+CALIBRATION_TOKENS = 5_000
+"""What the prompts to measure with come to, about."""
 
 
 class GraceConfig(MethodConfig):
@@ -76,18 +76,44 @@ class Grace(EditMethod):
         self, view: ModelView, requests: Sequence[EditRequest], prepared: _Prepared, state: Any
     ) -> Patch:
         module = self._role(view).module
+        entries = [entry for _, entry in self._entries(view, module, requests, prepared)]
+        return self.patch(view, requests, wraps=[codebook(module, entries)])
+
+    def edit_each(
+        self, view: ModelView, requests: Sequence[EditRequest], prepared: _Prepared, state: Any
+    ) -> list[Patch]:
+        module = self._role(view).module
+        return [
+            self.patch(view, [request], wraps=[codebook(module, [entry])])
+            for request, entry in self._entries(view, module, requests, prepared)
+        ]
+
+    def _entries(
+        self,
+        view: ModelView,
+        module: str,
+        requests: Sequence[EditRequest],
+        prepared: _Prepared,
+    ) -> list[tuple[EditRequest, Memory]]:
+        """Each request with its entry, a memory of one."""
         tasks = [self._task(view, request) for request in requests]
         values = optimise(view, module, tasks, self._settings(), self.progress)
         prompts = [task.contexts[0] for task in tasks]
         tap = Tap(module, "input")
         run = view.run([row.ids[: row.position + 1] for row in prompts], taps=[tap])
-        entries = Memory(
-            keys_NI=run.at(tap, [(i, row.position) for i, row in enumerate(prompts)]).cpu(),
-            values_ND=torch.stack([v.clean_D + v.delta_D for v in values]).cpu(),
-            radii_N=torch.full((len(tasks),), prepared.radius),
-            labels=tuple(task.target for task in tasks),
-        )
-        return self.patch(view, requests, wraps=[codebook(module, entries)])
+        keys_NI = run.at(tap, [(i, row.position) for i, row in enumerate(prompts)]).cpu()
+        return [
+            (
+                request,
+                Memory(
+                    keys_NI=key_I[None],
+                    values_ND=(value.clean_D + value.delta_D)[None].cpu(),
+                    radii_N=torch.tensor([prepared.radius]),
+                    labels=(task.target,),
+                ),
+            )
+            for request, key_I, value, task in zip(requests, keys_NI, values, tasks, strict=True)
+        ]
 
     def _task(self, view: ModelView, request: EditRequest) -> ValueTask:
         prompt, target = self.encode(view, request)
