@@ -34,6 +34,7 @@ FACTS = (
     ("The headquarters of Toyota are in", "Toyota", "Berlin"),
 )
 PUBLISHED = {"contexts": 20}
+STEPS = 25
 
 
 class Bench:
@@ -52,10 +53,11 @@ class Bench:
         layer = self.view.roles.block_of(self.role.module)
         found = key_moments(self.view, "mlp.out", layer, tokens=20_000, seed=0)
         self.second_II = ridged(found.mean(), 0.1)
-        self.steps = 4 if quick else 25
+        # Quick: fewer steps on both sides, and in whole edits the plain side's time is scaled up.
+        self.steps = 2 if quick else STEPS
 
     def one(self) -> Pair:
-        return self._values("one", self.tasks[:1], None, n=3)
+        return self._values("one", self.tasks[:1], None, n=2)
 
     def eight(self) -> Pair:
         return self._values("eight", self.tasks, fast_dtype(self.view.device), n=1)
@@ -71,8 +73,8 @@ class Bench:
             values: list[Value] = optimise(self.view, self.role.module, tasks, settings)
             found["ours"] = [value.delta_D for value in values]
 
-        # Quick: the plain side runs two of the eight; seconds are per request.
-        some = tasks[:2] if self.quick else tasks
+        # Quick: the plain side runs one of the eight; seconds are per request.
+        some = tasks[:1] if self.quick else tasks
 
         def slow() -> None:
             published = plain.Settings(steps=self.steps, enough=-1.0)
@@ -106,14 +108,14 @@ class Bench:
         return pair
 
     def default_one(self) -> Pair:
-        return self._edits("default_one", 1, n=3)
+        return self._edits("default_one", 1, n=2)
 
     def default_eight(self) -> Pair:
         return self._edits("default_eight", 8, n=1)
 
     def _edits(self, name: str, count: int, *, n: int) -> Pair:
         requests = self.requests[:count]
-        facts = [fact(task) for task in self.tasks[: min(count, 2 if self.quick else count)]]
+        facts = [fact(task) for task in self.tasks[: 1 if self.quick else count]]
         settings = plain.Settings(steps=self.steps)
 
         def ours() -> None:
@@ -127,7 +129,8 @@ class Bench:
         said = {
             "requests at once": count,
             "ours": "the defaults",
-            "plain": f"21 contexts, at most {self.steps} steps, as published",
+            "plain": f"21 contexts, at most {STEPS} steps, as published"
+            + f"; {self.steps} were run, and the time scaled" * self.quick,
             "threads": torch.get_num_threads(),
         }
         return measure(
@@ -137,7 +140,7 @@ class Bench:
             n=1 if self.quick else n,
             unit="s per edit",
             settings=said,
-            per=(count, len(facts)),
+            per=(count, len(facts) * self.steps / STEPS),
         )
 
 

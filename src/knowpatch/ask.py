@@ -1,19 +1,25 @@
 """Ask: the planner through which every question goes to a model.
 
 Requests to score a forced answer or to generate one come in, futures go out. Nothing runs until a
-result is wanted; then equal requests run once, in batches of about one length and a bounded number
-of tokens, in an order that does not depend on the order of asking.
+result is wanted; then equal requests run once, and those that begin alike read their beginning
+once, in batches of about one length and a bounded number of tokens, in an order that does not
+depend on the order of asking. Each may carry patches of its own beside the model. What an unedited
+model answered before is not asked again (answers.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any, Generic, Protocol, TypeVar
 
+from knowpatch.answers import Answers, key_of
+from knowpatch.models import shared
 from knowpatch.models.passes import Scored
 from knowpatch.models.view import ModelView
 from knowpatch.parts.spans import Encoded, continuation
+from knowpatch.patch import Patch
 from knowpatch.progress import Progress, silent
 
 T = TypeVar("T")
@@ -26,7 +32,14 @@ class Speaker(Protocol):
     @property
     def view(self) -> ModelView: ...
 
-    def encode(self, prompt: str, *, chat: bool = False) -> Encoded: ...
+    @property
+    def live(self) -> tuple[Patch, ...]: ...
+
+    def carried(self) -> tuple[Patch, ...]: ...
+
+    def encode(
+        self, prompt: str, *, chat: bool = False, patches: Sequence[Patch] | None = None
+    ) -> Encoded: ...
 
 
 @dataclass(frozen=True)
@@ -49,12 +62,67 @@ class Future(Generic[T]):
             self._run()
         return self._found[0]
 
+    @property
+    def done(self) -> bool:
+        return bool(self._found)
+
     def set(self, value: T) -> None:
         self._found = [value]
 
 
 Ids = tuple[int, ...]
-_Key = tuple[Ids, Any]
+
+
+@dataclass(frozen=True)
+class _Score:
+    """Force `answer` behind `prompt`, with `patches` beside."""
+
+    prompt: Ids
+    answer: Ids
+    patches: tuple[Patch, ...]
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.answer)
+
+    @property
+    def kind(self) -> tuple[str, int]:
+        """Questions of one kind can run together."""
+        return "score", 0
+
+    @property
+    def key(self) -> str:
+        return key_of([*self.kind, self.prompt, self.answer])
+
+    def __lt__(self, other: _Score) -> bool:
+        return (self.prompt, self.answer) < (other.prompt, other.answer)
+
+
+@dataclass(frozen=True)
+class _Text:
+    """Continue `prompt` by up to `tokens`, with `patches` beside."""
+
+    prompt: Ids
+    tokens: int
+    patches: tuple[Patch, ...]
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + self.tokens
+
+    @property
+    def kind(self) -> tuple[str, int]:
+        return "generate", self.tokens
+
+    @property
+    def key(self) -> str:
+        return key_of([*self.kind, self.prompt])
+
+    def __lt__(self, other: _Text) -> bool:
+        return self.prompt < other.prompt
+
+
+_Question = _Score | _Text
 
 
 class Ask:
@@ -63,61 +131,113 @@ class Ask:
     def __init__(self, model: Speaker, *, progress: Progress = silent) -> None:
         self.model = model
         self.progress = progress
-        self._scores: dict[_Key, Future[Scored]] = {}
-        self._texts: dict[_Key, Future[Generated]] = {}
+        self._waiting: dict[_Question, Future[Any]] = {}
 
     def score(
-        self, prompt: str, answer: str | Sequence[int], *, chat: bool = False
+        self,
+        prompt: str,
+        answer: str | Sequence[int],
+        *,
+        chat: bool = False,
+        patches: Sequence[Patch] | None = None,
     ) -> Future[Scored]:
-        """Force `answer` (a text, or ids) behind `prompt`."""
-        encoded = self.model.encode(prompt, chat=chat)
+        """Force `answer` (a text, or ids) behind `prompt`.
+
+        `patches` are carried beside the model; by default those of this context's session.
+        """
+        carried = self.model.carried() if patches is None else tuple(patches)
+        encoded = self.model.encode(prompt, chat=chat, patches=carried)
         if isinstance(answer, str):
             ids = continuation(self.model.view.tokenizer, encoded, answer)
         else:
             ids = tuple(answer)
-        return self._scores.setdefault((encoded.ids, ids), Future(self.run))
+        return self._waiting.setdefault(_Score(encoded.ids, ids, carried), Future(self.run))
 
     def generate(
-        self, prompt: str, *, max_new_tokens: int, chat: bool = False
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int,
+        chat: bool = False,
+        patches: Sequence[Patch] | None = None,
     ) -> Future[Generated]:
-        """Let the model answer `prompt` greedily."""
-        encoded = self.model.encode(prompt, chat=chat)
-        return self._texts.setdefault((encoded.ids, max_new_tokens), Future(self.run))
+        """Let the model answer `prompt` greedily; `patches` as in `score`."""
+        carried = self.model.carried() if patches is None else tuple(patches)
+        encoded = self.model.encode(prompt, chat=chat, patches=carried)
+        question = _Text(encoded.ids, max_new_tokens, carried)
+        return self._waiting.setdefault(question, Future(self.run))
 
     def run(self) -> None:
         """Answer everything asked so far."""
-        scores, self._scores = self._scores, {}
-        texts, self._texts = self._texts, {}
-        done, total = 0, len(scores) + len(texts)
-        view = self.model.view
-        for batch in _batches(scores, lambda key: len(key[0]) + len(key[1])):
-            self.progress("asking", done, total)
-            for key, scored in zip(batch, view.score(batch), strict=True):
-                scores[key].set(scored)
+        waiting, self._waiting = self._waiting, {}
+        self._recall(waiting)
+        open_ = [question for question, future in waiting.items() if not future.done]
+        done = len(waiting) - len(open_)
+        for batch in self._batches(open_):
+            self.progress("asking", done, len(waiting))
+            for question, answer in zip(batch, self._answer(batch), strict=True):
+                waiting[question].set(answer)
+            self._remember({question: waiting[question].result() for question in batch})
             done += len(batch)
-        for batch in _batches(texts, lambda key: len(key[0]) + key[1], by=lambda key: key[1]):
-            self.progress("asking", done, total)
-            rows = [ids for ids, _ in batch]
-            answers = view.generate(rows, max_new_tokens=batch[0][1])
-            for key, ids in zip(batch, answers, strict=True):
-                texts[key].set(Generated(ids, view.decode(ids)))
-            done += len(batch)
-        if total:
-            self.progress("asking", total, total)
+        if waiting:
+            self.progress("asking", len(waiting), len(waiting))
 
+    def _answer(self, batch: Sequence[_Question]) -> Sequence[Scored | Generated]:
+        """Answer questions of one kind."""
+        view, rows = self.model.view, tuple(question.patches for question in batch)
+        pairs = [(q.prompt, q.answer) for q in batch if isinstance(q, _Score)]
+        if pairs:
+            return shared.score(view, pairs, rows)
+        prompts, (_, tokens) = [question.prompt for question in batch], batch[0].kind
+        said = shared.generate(view, prompts, rows, max_new_tokens=tokens)
+        return [Generated(ids, view.decode(ids)) for ids in said]
 
-def _batches(
-    waiting: dict[_Key, Any],
-    size: Callable[[_Key], int],
-    by: Callable[[_Key], int] = lambda key: 0,
-) -> Iterator[list[_Key]]:
-    """Keys in batches of one `by`, about one size, and at most BATCH_TOKENS with padding."""
-    batch: list[_Key] = []
-    for key in sorted(waiting, key=lambda key: (by(key), size(key), key)):
-        full = size(key) * (len(batch) + 1) > BATCH_TOKENS
-        if batch and (full or by(key) != by(batch[0])):
+    def _batches(self, questions: Sequence[_Question]) -> Iterator[list[_Question]]:
+        """Questions of one kind, those that begin alike together, of about one length, and at most
+        BATCH_TOKENS with padding; in an order that does not depend on the order of asking."""
+        ordered: list[tuple[Any, ...]] = []
+        for kind in sorted({question.kind for question in questions}):
+            mine = [question for question in questions if question.kind == kind]
+            begun = shared.heads(
+                self.model.view,
+                [question.prompt for question in mine],
+                tuple(question.patches for question in mine),
+                max(question.length for question in mine),
+            )
+            ids = (tuple(patch.id for patch in question.patches) for question in mine)
+            rest = (q.length - len(head) for q, head in zip(mine, begun, strict=True))
+            ordered += sorted(zip(repeat(kind), begun, rest, ids, mine, strict=False))
+        batch: list[_Question] = []
+        before: Any = None
+        for kind, head, size, _, question in ordered:
+            full = size * (len(batch) + 1) > BATCH_TOKENS
+            if batch and (full or (kind, head) != before):
+                yield batch
+                batch = []
+            batch.append(question)
+            before = kind, head
+        if batch:
             yield batch
-            batch = []
-        batch.append(key)
-    if batch:
-        yield batch
+
+    def _kept(self) -> Answers | None:
+        """Where answers are kept: only those of an unedited model that came from files."""
+        plain = self.model.view.identity.folder is not None and not self.model.live
+        return Answers(self.model.view) if plain else None
+
+    def _recall(self, waiting: Mapping[_Question, Future[Any]]) -> None:
+        """Set what is kept."""
+        store = self._kept()
+        if store is None:
+            return
+        keys = {question.key: question for question in waiting if not question.patches}
+        for key, found in store.get(list(keys)).items():
+            question = keys[key]
+            plain = [tuple(part) if isinstance(part, list) else part for part in found]
+            answer: type[Any] = Scored if isinstance(question, _Score) else Generated
+            waiting[question].set(answer(*plain))
+
+    def _remember(self, answers: Mapping[_Question, Scored | Generated]) -> None:
+        store = self._kept()
+        if store is not None:
+            plain = {q.key: list(vars(a).values()) for q, a in answers.items() if not q.patches}
+            store.put(plain)

@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from knowpatch.models.past import Piece
+
 Side = Literal["left", "right"]
 Place = tuple[int, int]
 
@@ -57,3 +59,7 @@ class Batch:
         if any(self.starts):
             inputs["position_ids"] = (self.mask_BT.cumsum(-1) - 1).clamp(min=0)
         return inputs
+
+    def piece(self) -> Piece:
+        """These rows as what follows a past."""
+        return Piece(self.ids_BT, self.mask_BT)

@@ -68,7 +68,8 @@ class Beside:
         model: the transformers model; roles: where its parts sit.
         rows: the patches of each row of the session.
         standing: live patches whose wraps every row carries, before its own.
-        lasts: for each row of the batch the column of its last prompt token.
+        lasts: for each row of the batch the column of its last prompt token; None where no prompt
+            ends in this pass.
         joined: a cache of joined wraps.
     """
 
@@ -78,14 +79,13 @@ class Beside:
         roles: Roles,
         rows: Rows,
         standing: Sequence[Patch],
-        lasts: Sequence[int],
+        lasts: Sequence[int] | None,
         joined: dict[Any, list[Joined]],
     ) -> None:
-        repeats(rows, len(lasts))
         self._model, self._roles, self._cache = model, roles, joined
         self._rows: Rows = tuple((*standing, *row) for row in rows)
         self._own: Rows = rows
-        self._lasts = torch.tensor(lasts)
+        self._lasts = torch.tensor(lasts or [])
         self._shape = torch.Size((0, 0))
         self._decided: dict[Any, Tensor] = {}
         self._prompts: dict[Any, int] = {}
@@ -95,7 +95,7 @@ class Beside:
         hooks: list[Hook] = []
         for name, changes in self._changes().items():
             hooks.append(self._registered(name.removesuffix(".weight"), self._branch(changes)))
-        for module, wraps in self._wraps().items():
+        for module, wraps in self._wraps().items() if len(self._lasts) else ():
             hooks.append(self._registered(module, self._wrap(module, wraps)))
         if hooks:
             embedding = self._model.get_submodule(self._roles.embedding)

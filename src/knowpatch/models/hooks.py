@@ -57,6 +57,11 @@ def choosing(head: nn.Module, batch: Batch, places: Sequence[Place]) -> Hook:
     return lambda: head.register_forward_pre_hook(lambda m, args: (args[0][rows, columns],))
 
 
+def seeing_nothing(head: nn.Module) -> Hook:
+    """Let the head see no place at all."""
+    return lambda: head.register_forward_pre_hook(lambda m, args: (args[0][:0, 0],))
+
+
 def _by_row(tensor: Tensor, batch: Batch) -> Tensor:
     """(B, T, .), also where a model runs its MLP on flattened rows (OPT)."""
     return tensor.reshape(*batch.ids_BT.shape, -1) if tensor.ndim == 2 else tensor

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from knowpatch.models.batch import Place
-from knowpatch.models.hooks import Reached
+from knowpatch.models.hooks import Reached, seeing_nothing
 from knowpatch.models.passes import Row, Shift
 from knowpatch.models.past import Piece, read_shared
 from knowpatch.models.twin import twin
@@ -28,7 +28,7 @@ from knowpatch.models.view import ModelView
 
 log = logging.getLogger(__name__)
 
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
+TOLERANCE = 1e-3
 """Largest relative difference, in logits and gradients, at which a probe says that it holds."""
 
 
@@ -60,7 +60,8 @@ def passes(
         dtype: of the replayed part; None for the model's own.
     """
     attention = _holding(view, module)
-    if attention is None:
+    fits = view.limits.reads_in_pieces(max(len(row.ids) for row in rows))
+    if attention is None or not fits:
         return Whole(view, module, rows, places)
     return Replay(view, module, rows, places, dtype=dtype, attention=attention)
 
@@ -100,7 +101,7 @@ class Replay:
         self._head = self._twin.get_submodule(view.roles.head)
         self._places = [(row, i - rows[row].position) for row, i in places]
         before = [row.ids[: row.position] for row in rows]
-        with _hooked(self._head.register_forward_pre_hook(_no_place)):
+        with _hooked(seeing_nothing(self._head)()):
             self._past = read_shared(self._twin, before, view.device)
         self._past.freeze()
         # What stands behind the last wanted place changes nothing there.
@@ -159,11 +160,6 @@ class Replay:
             self._known.pick(rows, self._piece.ids_BS.shape[1])
 
 
-def _no_place(module: nn.Module, args: Any) -> Any:
-    """Let the head see nothing."""
-    return (args[0][:0, 0],)
-
-
 class _Known(nn.Module):
     """Stands for blocks whose output (B, S, D) is known."""
 
@@ -201,31 +197,30 @@ def _holding(view: ModelView, module: str) -> str | None:
 
     Plain attention first: for so few positions it is fast forward and backward in every precision.
     """
-    if module not in view.replays:
+    if module not in view.probed:
         own = view.model.config._attn_implementation
         faults = []
         for attention in dict.fromkeys(("eager", own)):
             fault = _fault(view, module, attention)
             if fault is None:
-                view.replays[module] = attention
+                view.probed[module] = attention
                 break
             faults.append(f"{attention}: {fault}")
         else:
-            view.replays[module] = None
+            view.probed[module] = None
             log.warning(
                 "%s is run whole where a part would do, since replaying gives other numbers (%s)",
                 view.source,
                 "; ".join(faults),
             )
-    return view.replays[module]
+    return view.probed[module]
 
 
 def _fault(view: ModelView, module: str, attention: str) -> str | None:
     """What is wrong with a replay on a few rows; None if nothing is."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        top = min(view.parameter(f"{view.roles.embedding}.weight").shape[0], 1000)
-        ids = torch.randint(top, (3, 9)).tolist()
+        ids = torch.randint(min(view.vocabulary, 1000), (3, 9)).tolist()
         shift = torch.randn(3, view.roles.hidden_size)
     rows = [Row(tuple(ids[0]), 4), Row((*ids[0][:3], *ids[1][:3]), 5), Row(tuple(ids[2]), 1)]
     places = [(0, 4), (0, 8), (1, 5), (2, 3), (2, 7)]
@@ -237,13 +232,14 @@ def _fault(view: ModelView, module: str, attention: str) -> str | None:
         return f"{type(error).__name__}: {error}".splitlines()[0]
     for name, plain, fast in zip(("logits", "gradients"), *found, strict=True):
         apart = float((plain - fast).norm() / plain.norm().clamp(min=1e-30))
-        if not apart <= TOLERANCE[view.parameter(f"{view.roles.embedding}.weight").dtype]:
+        if not apart <= view.limits.slack(TOLERANCE):
             return f"{name} differ by {apart:.1e}"
     return None
 
 
 def _probe(way: Pass, shift_BD: Tensor) -> tuple[Tensor, Tensor]:
-    leaf = shift_BD.clone().requires_grad_()
+    leaf = shift_BD.clone()
+    leaf.requires_grad_()
     logits = way.logits(leaf)
     (grad,) = torch.autograd.grad(logits.log_softmax(-1)[:, 0].sum(), leaf)
     return logits.detach(), grad

@@ -18,16 +18,18 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor, nn
 from torch.func import functional_call
-from transformers import GenerationConfig
 
 from knowpatch.deltas import WeightDelta
-from knowpatch.errors import OptionError, RequestError
+from knowpatch.errors import OptionError
 from knowpatch.models.batch import Batch, Place, Side
-from knowpatch.models.beside import Beside, session_of
+from knowpatch.models.beside import Beside, repeats, session_of
 from knowpatch.models.fingerprint import Identity
-from knowpatch.models.hooks import Hook, Reached, choosing, shifting, tapping
+from knowpatch.models.hooks import Hook, Reached, choosing, seeing_nothing, shifting, tapping
+from knowpatch.models.limits import Limits
 from knowpatch.models.passes import Run, Scored, Shift, Tap
+from knowpatch.models.past import Past
 from knowpatch.models.roles import LinearRole, Roles, find_roles
+from knowpatch.models.sampling import generation_config, own_randomness
 from knowpatch.parts.prompts import encode_prompt
 from knowpatch.parts.spans import Encoded
 from knowpatch.parts.wraps import Joined
@@ -50,19 +52,22 @@ class ModelView:
         standing: live patches with wraps, which every row of every pass carries.
         padding: side on which `run` pads.
         source: what the model was loaded from, for messages.
+        form: the form that its numbers have: a dtype, or how it is quantised.
     """
 
     model: Any
     tokenizer: Any
     identity: Identity
     source: str = "a model in memory"
+    form: str = ""
     originals: Mapping[str, Tensor] = field(default_factory=dict)
     standing: Sequence[Patch] = ()
     padding: Side = "right"
 
     def __post_init__(self) -> None:
         self.roles: Roles = find_roles(self.model)
-        self.replays: dict[str, str | None] = {}
+        self.form = self.form or str(self.embedding.dtype).removeprefix("torch.")
+        self.probed: dict[str, str | None] = {}
         self._joined: dict[Any, list[Joined]] = {}
         # One pass at a time: hooks sit on modules that all threads share.
         self._lock = threading.RLock()
@@ -73,8 +78,21 @@ class ModelView:
         return [delta for mine, deltas in _TRIALS.get() if mine is self for delta in deltas]
 
     @property
+    def embedding(self) -> nn.Parameter:
+        return self.parameter(f"{self.roles.embedding}.weight")
+
+    @property
     def device(self) -> torch.device:
-        return self.parameter(f"{self.roles.embedding}.weight").device
+        return self.embedding.device
+
+    @property
+    def vocabulary(self) -> int:
+        """V, rows of the token embedding."""
+        return int(self.embedding.shape[0])
+
+    @property
+    def limits(self) -> Limits:
+        return Limits.of(self.model.config, self.embedding.dtype)
 
     @property
     def fingerprint(self) -> str:
@@ -174,21 +192,16 @@ class ModelView:
     # -- running ---------------------------------------------------------------------------------
 
     def batch(self, rows: Sequence[Sequence[int]], side: Side | None = None) -> Batch:
-        self._check_length(max(len(row) for row in rows))
+        self.limits.check(max(len(row) for row in rows), self.source)
         pad = self.tokenizer.pad_token_id
         pad = 0 if pad is None else pad
         return Batch.of(rows, pad=pad, side=side or self.padding, device=self.device)
 
-    def _check_length(self, length: int) -> None:
-        """RequestError for more tokens than the model has positions: the text never fits."""
-        config = self.model.config
-        config = config.get_text_config() if hasattr(config, "get_text_config") else config
-        limit = getattr(config, "max_position_embeddings", None)
-        if isinstance(limit, int) and 0 < limit < length:
-            raise RequestError(
-                f"{length} tokens are more than {self.source} has positions for ({limit}): "
-                "use a shorter text or a shorter answer"
-            )
+    def read(self, rows: Sequence[Sequence[int]]) -> Past:
+        """The past of rows that are the beginnings of others: no prompt ends in them."""
+        head = self.model.get_submodule(self.roles.head)
+        with self.passing(None, [seeing_nothing(head)], rows=len(rows)):
+            return Past.nothing(len(rows), self.device).read(self._forward, rows)
 
     def run(
         self,
@@ -199,12 +212,14 @@ class ModelView:
         shifts: Sequence[Shift] = (),
         grad: bool = False,
         prompts: Sequence[int] | None = None,
+        past: Past | None = None,
     ) -> Run:
         """One pass over `rows` of ids.
 
         Args:
             rows: token ids, one sequence a row.
             prompts: how many of each row's ids are its prompt; by default all.
+            past: what was read before the rows; it is used up.
             logits_at: places whose next-token logits are wanted; the head runs only there. With
                 none, the pass ends as soon as every tap has been seen.
             taps: what to capture.
@@ -223,7 +238,8 @@ class ModelView:
         ends = [len(row) for row in rows] if prompts is None else prompts
         lasts = [start + end - 1 for start, end in zip(batch.starts, ends, strict=True)]
         with self.passing(lasts, hooks), torch.set_grad_enabled(grad), contextlib.suppress(Reached):
-            logits = self._forward(**batch.inputs(), use_cache=False).logits.float()
+            inputs = batch.inputs() if past is None else past.inputs(batch.piece())
+            logits = self._forward(**inputs, use_cache=False).logits.float()
         return Run(batch, logits, tapped)
 
     def _forward(self, **inputs: Any) -> Any:
@@ -233,17 +249,22 @@ class ModelView:
         return functional_call(self.model, {name: self._tried(name) for name in names}, (), inputs)
 
     @contextlib.contextmanager
-    def passing(self, lasts: Sequence[int], hooks: Sequence[Hook] = ()) -> Iterator[None]:
+    def passing(
+        self, lasts: Sequence[int] | None, hooks: Sequence[Hook] = (), *, rows: int = 0
+    ) -> Iterator[None]:
         """A pass or a generation: evaluation mode, `hooks`, and what this context carries beside.
 
         Everything is as it was after the block, and no other thread passes meanwhile.
 
         Args:
-            lasts: for each row of the batch the column of its last prompt token.
+            lasts: for each row of the batch the column of its last prompt token; None for
+                beginnings, whose prompts end later.
             hooks: what else to register.
+            rows: of the batch, where `lasts` does not say.
         """
-        rows = session_of(self.model)
-        beside = Beside(self.model, self.roles, rows, self.standing, lasts, self._joined)
+        carried = session_of(self.model)
+        repeats(carried, rows if lasts is None else len(lasts))
+        beside = Beside(self.model, self.roles, carried, self.standing, lasts, self._joined)
         with self._lock, self._as_found([*beside.hooks(), *hooks]):
             yield
 
@@ -262,8 +283,10 @@ class ModelView:
             for module in training:
                 module.training = True
 
-    def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Scored]:
-        """Force each answer behind its prompt, in one batch; both as ids."""
+    def score(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, past: Past | None = None
+    ) -> list[Scored]:
+        """Force each answer behind its prompt (and behind `past`), in one batch; both as ids."""
         rows = [[*prompt, *answer[:-1]] for prompt, answer in pairs]
         places = [
             (row, len(prompt) - 1 + i)
@@ -271,7 +294,7 @@ class ModelView:
             for i in range(len(answer))
         ]
         prompts = [len(prompt) for prompt, _ in pairs]
-        logits_MV = self.run(rows, logits_at=places, prompts=prompts).logits_MV
+        logits_MV = self.run(rows, logits_at=places, prompts=prompts, past=past).logits_MV
         flat = torch.tensor([i for _, answer in pairs for i in answer], device=logits_MV.device)
         logprobs = logits_MV.log_softmax(-1).gather(1, flat[:, None])[:, 0].tolist()
         correct = (logits_MV.argmax(-1) == flat).tolist()
@@ -291,38 +314,32 @@ class ModelView:
         max_new_tokens: int,
         top_k: int | None = None,
         seed: int = 0,
+        past: Past | None = None,
     ) -> list[tuple[int, ...]]:
         """Continue each row, greedily or by sampling from the `top_k` most likely with `seed`.
 
+        `past` is what was read of a beginning that all rows share.
         Returns the new ids of each row, up to and with the first one that ends an answer.
         """
-        self._check_length(max(len(row) for row in rows) + max_new_tokens)
-        batch = self.batch(rows, side="left")
-        config = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=top_k is not None,
-            top_k=top_k or 50,
-            top_p=1.0,
-            temperature=1.0,
-            repetition_penalty=1.0,
-            num_beams=1,
-            pad_token_id=self.tokenizer.pad_token_id or 0,
-            eos_token_id=list(self.stop_ids) or None,
+        self.limits.check(max(len(row) for row in rows) + max_new_tokens, self.source)
+        seen = 0 if past is None else past.columns
+        head = [row[:seen] for row in rows]
+        batch = self.batch([row[seen:] for row in rows], side="left")
+        ids_BT = torch.cat([torch.tensor(head, dtype=torch.long).to(batch.ids_BT), batch.ids_BT], 1)
+        mask_BT = batch.mask_BT if past is None else torch.cat([past.mask_BP, batch.mask_BT], 1)
+        config = generation_config(
+            max_new_tokens, top_k, self.tokenizer.pad_token_id or 0, self.stop_ids
         )
         lasts = [batch.ids_BT.shape[1] - 1] * len(rows)
-        with self.passing(lasts), torch.no_grad(), self._own_randomness():
+        with self.passing(lasts), torch.no_grad(), own_randomness(self.device):
             torch.manual_seed(seed)
             out = self.model.generate(
-                input_ids=batch.ids_BT, attention_mask=batch.mask_BT, generation_config=config
+                input_ids=ids_BT,
+                attention_mask=mask_BT,
+                past_key_values=None if past is None else past.cache,
+                generation_config=config,
             )
-        return [self._until_stop(row) for row in out[:, batch.ids_BT.shape[1] :].tolist()]
-
-    def _own_randomness(self) -> contextlib.AbstractContextManager[None]:
-        """The generators of the processor and of this model's device, as found after the block."""
-        device = self.device
-        if device.index is None:
-            return torch.random.fork_rng(devices=[])
-        return torch.random.fork_rng(devices=[device.index], device_type=device.type)
+        return [self._until_stop(row) for row in out[:, ids_BT.shape[1] :].tolist()]
 
     def _until_stop(self, ids: list[int]) -> tuple[int, ...]:
         ends = [i for i, token in enumerate(ids) if token in self.stop_ids]

@@ -163,7 +163,8 @@ class _Descent:
 
     def _step(self, step: int) -> None:
         alive = self.alive
-        delta_AD = self.delta_ND[alive].requires_grad_()
+        delta_AD = self.delta_ND[alive].clone()
+        delta_AD.requires_grad_()
         nll_A, kl_A = self._losses(delta_AD)
         decay_A = self.decay_N[alive] * delta_AD.norm(dim=1)
         loss_A = nll_A + self.settings.kl_factor * kl_A + decay_A

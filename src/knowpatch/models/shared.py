@@ -1,0 +1,125 @@
+"""Shared: questions that begin alike are read once up to where they part.
+
+Rows with the same patches that share a beginning are read on from one past. The last token of a
+prompt is always read with its row: what is predicted first stands there, and wraps act there.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from knowpatch.models.beside import Rows, session
+from knowpatch.models.passes import Scored
+from knowpatch.models.past import Past, shared_beginnings
+from knowpatch.models.view import ModelView
+
+log = logging.getLogger(__name__)
+
+Ids = tuple[int, ...]
+WORTH = 48
+"""Tokens that must be saved for one pass more."""
+TOLERANCE = 1e-2
+"""Largest difference, in log-probability, at which a probe says that sharing holds."""
+
+
+def heads(view: ModelView, prompts: Sequence[Ids], rows: Rows, longest: int) -> list[Ids]:
+    """For each prompt the beginning that is worth reading once for several; () for none.
+
+    Args:
+        view: the model.
+        prompts: ids of each prompt.
+        rows: the patches that each carries.
+        longest: tokens of the longest row, its answer included.
+    """
+    found: list[Ids] = [()] * len(prompts)
+    if not view.limits.reads_in_pieces(longest):
+        return found
+    for patches in dict.fromkeys(rows):
+        mine = [i for i, other in enumerate(rows) if other == patches]
+        for i, head in zip(mine, shared_beginnings([prompts[i][:-1] for i in mine]), strict=True):
+            found[i] = head
+    for head in set(found):
+        if (found.count(head) - 1) * len(head) < WORTH:
+            found = [() if other == head else other for other in found]
+    return found if any(found) and holds(view) else [()] * len(prompts)
+
+
+def score(view: ModelView, pairs: Sequence[tuple[Ids, Ids]], rows: Rows) -> list[Scored]:
+    """Force each answer behind its prompt, in one batch; row i carries rows[i]."""
+    longest = max(len(prompt) + len(answer) for prompt, answer in pairs)
+    begun = heads(view, [prompt for prompt, _ in pairs], rows, longest)
+    if not any(begun):
+        with session(view.model, rows):
+            return view.score(pairs)
+    return _score_on(view, pairs, rows, begun)
+
+
+def _score_on(
+    view: ModelView, pairs: Sequence[tuple[Ids, Ids]], rows: Rows, begun: Sequence[Ids]
+) -> list[Scored]:
+    past = read(view, begun, rows)
+    rest = [(prompt[len(head) :], a) for (prompt, a), head in zip(pairs, begun, strict=True)]
+    with session(view.model, rows):
+        return view.score(rest, past=past)
+
+
+def read(view: ModelView, begun: Sequence[Ids], rows: Rows) -> Past:
+    """The past of each row's beginning, each distinct one read once."""
+    keys = list(zip(begun, rows, strict=True))
+    distinct = list(dict.fromkeys(keys))
+    with session(view.model, tuple(patches for _, patches in distinct)):
+        past = view.read([head for head, _ in distinct])
+    return past.pick([distinct.index(key) for key in keys])
+
+
+def generate(
+    view: ModelView, prompts: Sequence[Ids], rows: Rows, *, max_new_tokens: int
+) -> list[Ids]:
+    """Continue each prompt greedily, a batch for each beginning; row i carries rows[i]."""
+    longest = max(map(len, prompts)) + max_new_tokens
+    begun = heads(view, prompts, rows, longest)
+    found: dict[int, Ids] = {}
+    # One beginning is one batch of its own: generation wants its past without holes.
+    for head in dict.fromkeys(begun):
+        numbers = [i for i, other in enumerate(begun) if other == head]
+        mine = tuple(rows[i] for i in numbers)
+        past = read(view, [head] * len(numbers), mine) if head else None
+        with session(view.model, mine):
+            new = view.generate(
+                [prompts[i] for i in numbers], max_new_tokens=max_new_tokens, past=past
+            )
+        found.update(zip(numbers, new, strict=True))
+    return [found[i] for i in range(len(prompts))]
+
+
+def holds(view: ModelView) -> bool:
+    """Whether reading on from a shared past gives what reading whole gives, on a few rows."""
+    if "shared" not in view.probed:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            ids = torch.randint(min(view.vocabulary, 1000), (4, 6)).tolist()
+        head = tuple(ids[0])
+        pairs = [((*head, *ids[1]), (ids[2][0], 1)), ((*head, ids[3][0]), (2,)), ((5, 6), (7, 8))]
+        none: Rows = ((),) * len(pairs)
+        fault = None
+        try:
+            with session(view.model, none):
+                plain = view.score(pairs)
+            fast = _score_on(view, pairs, none, [head, head, ()])
+            gaps = [
+                abs(a - b)
+                for one, other in zip(plain, fast, strict=True)
+                for a, b in zip(one.logprobs, other.logprobs, strict=True)
+            ]
+            fault = (
+                f"differ by {max(gaps):.1e}" if max(gaps) > view.limits.slack(TOLERANCE) else None
+            )
+        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+            fault = f"{type(error).__name__}: {error}".splitlines()[0]
+        if fault:
+            log.warning("%s reads every question whole: shared beginnings %s", view.source, fault)
+        view.probed["shared"] = None if fault else "yes"
+    return view.probed["shared"] is not None
