@@ -12,7 +12,7 @@ same numbers (to 1e-4 in float32).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from knowpatch.deltas import WeightDelta, is_finite
 from knowpatch.errors import OptionError, PatchError
 from knowpatch.files import replacing
 from knowpatch.fits import canonical_names, check_fits
+from knowpatch.held import Carried, one_of, resolved
 from knowpatch.models import load as load_model
 from knowpatch.models.beside import check_beside, repeats, session_of
 from knowpatch.models.beside import session as beside_session
@@ -33,9 +34,6 @@ from knowpatch.parts.rules import render
 from knowpatch.parts.spans import Encoded
 from knowpatch.patch import Patch
 from knowpatch.progress import Progress, silent
-
-Carried = Patch | str | Sequence[Patch | str] | None
-"""What one row of a session carries: a patch or its id, several, or nothing."""
 
 
 class EditedModel:
@@ -48,7 +46,7 @@ class EditedModel:
     def __init__(self, view: ModelView) -> None:
         self.view = view
         self._live: list[Patch] = []
-        self._held: dict[str, Patch] = {}
+        self._held: list[Patch] = []
         self._base: dict[str, Tensor] = {}
         self._wide: dict[str, Tensor] = {}
         self._canonical = canonical_names(view.model)
@@ -163,15 +161,15 @@ class EditedModel:
         Raises:
             ForeignModelError, PatchError: it does not fit, or cannot be computed beside the model.
         """
-        if patch.id not in self._held:
+        if patch not in self._held:
             check_fits(patch, self.view, self._canonical)
             check_beside(patch, self.model)
-            self._held[patch.id] = patch
+            self._held.append(patch)
         return patch.id
 
     def release(self, patch_id: str) -> None:
         """Forget a patch that `hold` or a session keeps at hand."""
-        del self._held[self._one(self._held.values(), patch_id, "held").id]
+        self._held.remove(one_of(self._held, patch_id, "held"))
 
     @contextlib.contextmanager
     def session(self, rows: Sequence[Carried]) -> Iterator[EditedModel]:
@@ -188,30 +186,11 @@ class EditedModel:
         """
         if not rows:
             raise OptionError("a session of no rows was given; give at least one, [None] for none")
-        carried = tuple(self._resolved(row) for row in rows)
+        carried = tuple(resolved(row, self._held, self._live) for row in rows)
+        for patch in dict.fromkeys(patch for row in carried for patch in row):
+            self.hold(patch)
         with beside_session(self.model, carried):
             yield self
-
-    def _resolved(self, row: Carried) -> tuple[Patch, ...]:
-        items = () if row is None else (row,) if isinstance(row, Patch | str) else row
-        found = []
-        for item in items:
-            patch = self._one(self._held.values(), item, "held") if isinstance(item, str) else item
-            self.hold(patch)
-            if patch in self._live or patch in found:
-                where = "already applied" if patch in self._live else "twice in one row"
-                raise PatchError(f"patch {patch.id[:12]} is {where}: it would act twice")
-            found.append(patch)
-        return tuple(found)
-
-    def _one(self, patches: Iterable[Patch], patch_id: str, what: str) -> Patch:
-        """The one of `patches` whose id begins so."""
-        known = list(patches)
-        found = [patch for patch in known if patch.id.startswith(patch_id)]
-        if len(found) != 1 or not patch_id:
-            ids = ", ".join(patch.id[:12] for patch in known) or "none"
-            raise OptionError(f"no single {what} patch has id {patch_id!r}; {what}: {ids}")
-        return found[0]
 
     def apply(self, patch: Patch, *, tied: Sequence[str] = ()) -> None:
         """Make `patch` live, behind the patches that are live already; whole or not at all.
@@ -227,6 +206,11 @@ class EditedModel:
         if patch in self._live:
             raise PatchError(f"patch {patch.id[:12]} is already applied")
         check_fits(patch, self.view, self._canonical, tied)
+        if self.view.quantised and patch.deltas:
+            raise PatchError(
+                f"the weights of {self.view.source} are kept in 8 bits and cannot be rewritten: "
+                "carry the patch in a session, or load the model in float32 or bfloat16"
+            )
         grown = {
             name: self._fold(self._current(name), [patch], name) for name in self._touched(patch)
         }
@@ -244,7 +228,7 @@ class EditedModel:
         Raises:
             OptionError: no live patch has this id (a unique beginning of it is enough).
         """
-        found = self._one(self._live, patch_id, "live")
+        found = one_of(self._live, patch_id, "live")
         self._set_live([patch for patch in self._live if patch is not found])
         for name in self._touched(found):
             rest = [patch for patch in self._live if name in self._touched(patch)]
@@ -257,7 +241,14 @@ class EditedModel:
 
     @contextlib.contextmanager
     def applied(self, *patches: Patch) -> Iterator[EditedModel]:
-        """`patches` live within the block, and taken back after it."""
+        """`patches` live within the block, and taken back after it.
+
+        On quantised weights, which cannot be rewritten, they are carried beside instead.
+        """
+        if self.view.quantised:
+            with self.session([[*self.carried(), *patches]]):
+                yield self
+            return
         done: list[Patch] = []
         try:
             for patch in patches:
@@ -303,7 +294,7 @@ class EditedModel:
 
     def digests(self, patch: Patch) -> dict[str, str]:
         """The hashes of the tensors that `patch` touches, as they stand now."""
-        return {name: tensor_digest(self.view.parameter(name)) for name in self._touched(patch)}
+        return {name: tensor_digest(self.view.values(name)) for name in self._touched(patch)}
 
     # -- the fold ----------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from knowpatch.deltas import is_finite
 from knowpatch.edited import EditedModel
-from knowpatch.errors import EditError
+from knowpatch.errors import EditError, OptionError
 from knowpatch.method import METHODS, EditMethod
 from knowpatch.methods import DEFAULT
 from knowpatch.models.load import load as load_view
@@ -35,7 +35,7 @@ def load(
     Args:
         name: a hub id, a folder, a GGUF file, or None for the bundled SmolLM2-135M-Instruct.
         device: auto, cpu, cuda or mps.
-        dtype: auto, float32, bfloat16, or stored (as in the checkpoint).
+        dtype: auto, float32, bfloat16, stored (as in the checkpoint), or 8bit.
         progress: told how far a conversion is.
 
     Raises:
@@ -147,6 +147,8 @@ def edit_each(
 
 
 def _prepare(model: EditedModel, requests: Sequence[EditRequest], method: EditMethod) -> Any:
+    if any(model.carried()):
+        raise OptionError("an edit is made on a model without a session: leave the session first")
     method.check_requests(requests)
     method.check(model.view)
     return method.prepare(model.view)

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 
 from knowpatch.errors import ModelError, OptionError, did_you_mean
-from knowpatch.models import fingerprint
+from knowpatch.models import fingerprint, quant
 from knowpatch.models.gguf import convert, quiet_transformers
 from knowpatch.models.view import ModelView
 from knowpatch.progress import Progress, silent
@@ -92,8 +92,9 @@ def load(
         name: a hub id, a folder with safetensors weights, a GGUF file, or None for the bundled
             SmolLM2-135M-Instruct.
         device: auto (cuda, else mps, else cpu), cpu, cuda or mps.
-        dtype: auto, float32, bfloat16, or stored (as in the checkpoint). auto is bfloat16 on cuda
-            and float32 elsewhere, unless that would take more than half of the machine's memory.
+        dtype: auto, float32, bfloat16, stored (as in the checkpoint), or 8bit. auto is bfloat16 on
+            cuda and float32 elsewhere, unless that would take more than half of the machine's
+            memory. 8bit weights (by torchao) cannot be rewritten; patches act beside them.
         progress: told how far a conversion or download is.
 
     Raises:
@@ -105,16 +106,19 @@ def load(
     check_folder(folder)
     if dtype == "stored":
         kind = _stored_dtype(folder)
+    elif dtype == quant.EIGHT:
+        kind = fast_dtype(place) or torch.float32
     else:
         kind = dtype_for(dtype, place, float32_bytes(folder))
-    model, tokenizer = _read(folder, kind)
+    model, tokenizer = _read(folder, kind, quant.config() if dtype == quant.EIGHT else None)
     model.requires_grad_(requires_grad=False)
     model.to(place).eval()
     if fingerprint.shards(folder):
         identity = fingerprint.of_folder(folder)
     else:
         identity = fingerprint.of_model(model, tokenizer)
-    view = ModelView(model, tokenizer, identity, source=source_name(origin))
+    form = quant.EIGHT if dtype == quant.EIGHT else ""
+    view = ModelView(model, tokenizer, identity, source=source_name(origin), form=form)
     check_finite(view)
     return view
 
@@ -202,8 +206,11 @@ def dtype_for(name: str, device: torch.device, float32_size: int) -> torch.dtype
     """The dtype that `name` means for a model of `float32_size` bytes in float32."""
     if name in DTYPES:
         return DTYPES[name]
+    if name == quant.EIGHT:
+        return torch.int8
     if name != "auto":
-        raise OptionError(f"unknown dtype {name!r}: {did_you_mean(name, ['auto', *DTYPES])}")
+        allowed = ["auto", *DTYPES, quant.EIGHT]
+        raise OptionError(f"unknown dtype {name!r}: {did_you_mean(name, allowed)}")
     narrow = device.type == "cuda" or float32_size > _memory() / 2
     return torch.bfloat16 if narrow else torch.float32
 
@@ -247,13 +254,13 @@ def _memory() -> int:
     return 16 * 2**30
 
 
-def _read(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+def _read(folder: Path, dtype: torch.dtype, quantised: Any) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
         with quiet_transformers():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, output_loading_info=True
+                folder, dtype=dtype, quantization_config=quantised, output_loading_info=True
             )
             model, told = loaded
             tokenizer = AutoTokenizer.from_pretrained(folder)

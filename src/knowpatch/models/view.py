@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch.func import functional_call
 
 from knowpatch.deltas import WeightDelta
 from knowpatch.errors import OptionError
+from knowpatch.models import trials
 from knowpatch.models.batch import Batch, Place, Side
 from knowpatch.models.beside import Beside, repeats, session_of
 from knowpatch.models.fingerprint import Identity
@@ -28,16 +28,13 @@ from knowpatch.models.hooks import Hook, Reached, choosing, seeing_nothing, shif
 from knowpatch.models.limits import Limits
 from knowpatch.models.passes import Run, Scored, Shift, Tap
 from knowpatch.models.past import Past
+from knowpatch.models.quant import EIGHT, plain
 from knowpatch.models.roles import LinearRole, Roles, find_roles
 from knowpatch.models.sampling import generation_config, own_randomness
 from knowpatch.parts.prompts import encode_prompt
 from knowpatch.parts.spans import Encoded
 from knowpatch.parts.wraps import Joined
 from knowpatch.patch import Patch
-
-_TRIALS: ContextVar[tuple[tuple[object, Sequence[WeightDelta]], ...]] = ContextVar(
-    "trials", default=()
-)
 
 
 @dataclass
@@ -75,7 +72,7 @@ class ModelView:
     @property
     def _trials(self) -> list[WeightDelta]:
         """What is tried in this context, oldest first."""
-        return [delta for mine, deltas in _TRIALS.get() if mine is self for delta in deltas]
+        return trials.of(self)
 
     @property
     def embedding(self) -> nn.Parameter:
@@ -84,6 +81,10 @@ class ModelView:
     @property
     def device(self) -> torch.device:
         return self.embedding.device
+
+    @property
+    def quantised(self) -> bool:
+        return self.form == EIGHT
 
     @property
     def vocabulary(self) -> int:
@@ -105,6 +106,10 @@ class ModelView:
         found: nn.Parameter = self.model.get_parameter(name)
         return found
 
+    def values(self, name: str) -> Tensor:
+        """The numbers of the parameter called `name`, detached."""
+        return plain(self.parameter(name))
+
     def weight(self, role: LinearRole) -> Tensor:
         """The weight of a linear map as edited so far, trials included: (out, in), float32."""
         return self._oriented(role, self._tried(role.address.parameter))
@@ -112,13 +117,13 @@ class ModelView:
     def base(self, role: LinearRole) -> Tensor:
         """The weight of a linear map as it came: (out, in), float32."""
         name = role.address.parameter
-        return self._oriented(role, self.originals.get(name, self.parameter(name).detach()))
+        return self._oriented(role, self.originals.get(name, self.values(name)))
 
     def _oriented(self, role: LinearRole, stored: Tensor) -> Tensor:
         return role.oriented(role.address.narrow(stored)).float()
 
     def _tried(self, name: str) -> Tensor:
-        stored: Tensor = self.parameter(name).detach()
+        stored = self.values(name)
         whole = stored
         for delta in self._trials:
             if delta.address.parameter == name:
@@ -126,27 +131,26 @@ class ModelView:
         return whole.to(stored.dtype)
 
     def stand_in(self, dtype: torch.dtype | None) -> Callable[[nn.Parameter], Tensor]:
-        """What stands for each parameter in a twin: its value with trials, in `dtype` if given."""
+        """What stands for each parameter in a twin: its value with trials, in `dtype` if given.
+
+        A quantised model computes in the dtype that it was loaded for.
+        """
         names = {delta.address.parameter for delta in self._trials}
         tried = {id(self.parameter(name)): self._tried(name) for name in names}
 
         def weight(parameter: nn.Parameter) -> Tensor:
             value = tried.get(id(parameter), parameter).detach()
-            return value.to(dtype) if dtype and value.is_floating_point() else value
+            narrowed = dtype and not self.quantised and value.is_floating_point()
+            return value.to(dtype) if narrowed else value
 
         return weight
 
-    @contextlib.contextmanager
-    def trying(self, deltas: Sequence[WeightDelta]) -> Iterator[None]:
+    def trying(self, deltas: Sequence[WeightDelta]) -> contextlib.AbstractContextManager[None]:
         """Within the block, and this context, the model computes as if `deltas` had been applied.
 
         The deltas may hold float32 leaves that require grad; the model's own weights never do.
         """
-        token = _TRIALS.set((*_TRIALS.get(), (self, deltas)))
-        try:
-            yield
-        finally:
-            _TRIALS.reset(token)
+        return trials.trying(self, deltas)
 
     # -- text ------------------------------------------------------------------------------------
 

@@ -82,7 +82,7 @@ class Ft(EditMethod):
     ) -> Patch:
         examples = [part for request in requests for part in self._examples(view, request)]
         role = view.roles.linear(self.config.module, self._layer(len(view.roles.blocks)))
-        whole = view.parameter(role.address.parameter)
+        whole = view.values(role.address.parameter)
         leaf = torch.zeros_like(role.address.narrow(whole), dtype=torch.float32)
         leaf.requires_grad_()
         draft = [WeightDelta(role.address, Dense(leaf))]
