@@ -96,7 +96,8 @@ def leading(model: Any, prompt: str, answer: str) -> list[int]:
     ids = continuation(model.tokenizer, encoded, answer)
     places = [(0, len(encoded.ids) - 1 + i) for i in range(len(ids))]
     row = [*encoded.ids, *ids[:-1]]
-    return model.view.run([row], logits_at=places).logits_MV.argmax(-1).tolist()
+    run = model.view.run([row], logits_at=places, prompts=[len(encoded.ids)])
+    return run.logits_MV.argmax(-1).tolist()
 
 
 def paired_interval(differences: np.ndarray, draws: int = 10_000) -> tuple[float, float]:

@@ -13,7 +13,7 @@ import tiny
 import torch
 
 from knowpatch.edited import EditedModel
-from knowpatch.editing import choose, edit
+from knowpatch.editing import choose, edit, edit_each
 from knowpatch.errors import ModelError
 from knowpatch.method import METHODS, Export
 from knowpatch.models.fingerprint import tensor_digest
@@ -220,6 +220,21 @@ def test_a_batch_of_one_is_a_single_edit(name):
     """A list of one request gives the bytes that the request alone gives."""
     model = EditedModel.of(*tiny.trained("llama"))
     assert _edit(model, [FRANCE], name).to_bytes() == _edit(model, FRANCE, name).to_bytes()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_edits_made_together_are_as_if_alone(name):
+    """Each of `edit_each`'s patches says what the request's own edit says, and holds it alone."""
+    model = EditedModel.of(*tiny.trained("llama"))
+    requests = [FRANCE, JAPAN, NILE]
+    together = edit_each(model, requests, method=choose(name, OPTIONS.get(name)))
+    for request, patch in zip(requests, together, strict=True):
+        assert patch.provenance.requests == (request,)
+        with model.session([patch]):
+            mine = _score(model, request)
+        with model.session([_edit(model, request, name)]):
+            alone = _score(model, request)
+        assert mine.probability == pytest.approx(alone.probability, abs=0.02)
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if METHODS.get(n).batch])

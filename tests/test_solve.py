@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from knowpatch.errors import EditError
-from knowpatch.parts.solve import cholesky, gain, least_change, mixed_change, ridged
+from knowpatch.parts.solve import apart, cholesky, gain, least_change, mixed_change, ridged
 
 OUT, IN = 5, 7
 
@@ -119,3 +119,21 @@ def test_ridge_is_in_units_of_the_median_variance():
     assert torch.allclose(
         ridged(second, 0.1).diagonal() - second.diagonal(), torch.tensor(0.2).double()
     )
+
+
+def test_keys_that_nearly_coincide_are_set_apart():
+    """No wave holds two keys of a cosine above 0.9 under C^-1; what fits goes into the first."""
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(8, 4, generator=generator, dtype=torch.float64)
+    keys[:, 2] = 3 * keys[:, 0] + 0.01 * keys[:, 1]
+    keys[:, 3] = -keys[:, 0]
+    assert apart(keys, None) == [[0, 1], [2], [3]]
+    assert apart(keys[:, :2], None) == [[0, 1]]
+    stretch = torch.randn(8, 8, generator=generator, dtype=torch.float64)
+    second = stretch @ stretch.T + 0.1 * torch.eye(8, dtype=torch.float64)
+    factor = cholesky(second)
+    white = torch.linalg.inv(factor) @ keys
+    cosines = torch.nn.functional.normalize(white, dim=0)
+    near = (cosines.T @ cosines).abs() > 0.9
+    for wave in apart(keys, factor):
+        assert int(near[wave][:, wave].sum()) == len(wave)

@@ -73,16 +73,19 @@ class EditedModel:
             raise AttributeError(name)
         return getattr(self.view.model, name)
 
-    def __call__(self, input_ids: Tensor, **kwargs: Any) -> Any:
+    def __call__(self, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
         """The model's forward pass, with wraps and sessions. Prompt rules act in `generate`, `ask`.
 
         The prompt of a row is taken to be all of it; a pass on top of `past_key_values` goes on
         from a prompt that was read before.
         """
-        if kwargs.get("past_key_values") is not None:
-            return self.view.model(input_ids, **kwargs)
-        lasts = _lasts(input_ids, kwargs.get("attention_mask"))
-        with self.view.passing(lasts):
+        if input_ids is None:
+            if any(session_of(self.model)) or self.view.standing:
+                raise OptionError("give input_ids: what patches do beside the model needs them")
+            return self.view.model(**kwargs)
+        going_on = kwargs.get("past_key_values") is not None
+        lasts = None if going_on else _lasts(input_ids, kwargs.get("attention_mask"))
+        with self.view.passing(lasts, rows=len(input_ids)):
             return self.view.model(input_ids, **kwargs)
 
     def generate(self, input_ids: Tensor, **kwargs: Any) -> Tensor:

@@ -51,6 +51,15 @@ def records() -> Callable[[str], list[dict]]:
 
 
 @pytest.fixture(scope="session")
+def counterfact() -> list[dict]:
+    """The CounterFact records that edits are tried on."""
+    path = DATA / "counterfact" / "counterfact-edit.json"
+    if not path.is_file():
+        pytest.skip(f"no data: {path.name} is not below {DATA} (set KNOWPATCH_DATA)")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
 def text() -> str:
     """A fixed text for perplexity, written for this project."""
     return (HERE / "text.txt").read_text(encoding="utf-8")

@@ -1,12 +1,11 @@
 """The methods on the bundled model and the first records of a KnowEdit set.
 
-`KNOWPATCH_SOAK=1 pytest -m real -s` runs ROME on all 20 records, not on a few; -s shows each one.
+`pytest -m real -s` shows each record.
 """
 
 from __future__ import annotations
 
 import math
-import os
 
 import pytest
 
@@ -17,10 +16,7 @@ from knowpatch.parts.spans import continuation
 from knowpatch.probes import REWRITE, Probe
 from knowpatch.request import EditRequest
 
-SOAK = bool(os.environ.get("KNOWPATCH_SOAK"))
 FILE = "wiki_counterfact/test_cf.json"
-# A short target in the middle, and a long one whose subject opens the prompt.
-FEW = (5, 6)
 AUSTRALIA = EditRequest(
     prompt="The capital of Australia is", subject="Australia", target="Canberra", old="Sydney"
 )
@@ -68,10 +64,8 @@ def test_ft_m_on_twenty_records(model, text, records):
 
 
 def test_rome(model, text, records):
-    """ROME: success at least 0.95, every byte undone (20 records in the soak, a few otherwise)."""
-    rows = records(FILE)[:20]
-    rows = rows if SOAK else [rows[i] for i in FEW]
-    success, perplexity = _run(model, text, rows, "rome")
+    """ROME: success at least 0.95, every byte undone."""
+    success, perplexity = _run(model, text, records(FILE)[:20], "rome")
     assert success >= 0.95
     assert perplexity <= 1.05
 

@@ -22,6 +22,7 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Ask a model, without and with patches."""
+    from knowpatch.ask import Ask
     from knowpatch.editing import load
     from knowpatch.errors import InputError
     from knowpatch.patch import Patch
@@ -35,9 +36,15 @@ def run(
     patches = [Patch.load(path) for path in patch or []]
     with screen.reporting() as report:
         edited = load(model, device=device, dtype=dtype, progress=report)
-        without = edited.ask(prompt, max_new_tokens=max_new_tokens, chat=chat)
+
+        def said() -> str:
+            ask = Ask(edited, progress=report)
+            future = ask.generate(prompt, max_new_tokens=max_new_tokens, chat=chat)
+            return future.result().text.strip()
+
+        without = said()
         with edited.applied(*patches):
-            changed = edited.ask(prompt, max_new_tokens=max_new_tokens, chat=chat)
+            changed = said() if patches else None
     if as_json:
         screen.print_json(
             {
@@ -45,7 +52,7 @@ def run(
                 "prompt": prompt,
                 "patches": [item.id for item in patches],
                 "without": without,
-                "with": changed if patches else None,
+                "with": changed,
             }
         )
         return
@@ -53,6 +60,6 @@ def run(
     console.print(f"[dim]{escape(edited.view.source)}[/]")
     console.print("[bold]without[/]" if patches else "[bold]answer[/]")
     console.print(without, markup=False)
-    if patches:
+    if changed is not None:
         console.print("\n[bold]with " + ", ".join(item.id[:12] for item in patches) + "[/]")
         console.print(changed, markup=False)

@@ -214,6 +214,7 @@ def _probe(effect: Effect) -> dict[str, Any]:
 def _show(result: dict[str, Any], effects: list[Effect], model: str | None) -> None:
     """The report for a person."""
     from knowpatch.cli.report import show_effects
+    from knowpatch.method import METHODS
 
     console = screen.out()
     show_effects(console, result, effects)
@@ -235,5 +236,8 @@ def _show(result: dict[str, Any], effects: list[Effect], model: str | None) -> N
     )
     rest = f"--patch {shlex.quote(patch['file'])}"
     rest += "" if model is None else f" --model {shlex.quote(model)}"
-    for line in (f"next    knowpatch ask PROMPT {rest}", f"        knowpatch save DIR {rest}"):
+    lines = [f"next    knowpatch ask PROMPT {rest}"]
+    if "merged" in METHODS.get(result["method"]).exports:
+        lines.append(f"        knowpatch save DIR {rest}")
+    for line in lines:
         console.print(line, style="dim", markup=False, soft_wrap=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -85,11 +86,18 @@ def quiet_transformers() -> Iterator[None]:
     verbosity, bars = hf.get_verbosity(), hf.is_progress_bar_enabled()
     hf.set_verbosity_error()
     hf.disable_progress_bar()
+    # transformers imports torchao where it is installed, which tells of kernels it has not found.
+    chatty = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    levels = [logger.level for logger in chatty]
+    for logger in chatty:
+        logger.setLevel(logging.ERROR)
     try:
         # The GGUF reader draws a bar of its own, past those settings.
         with contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
+        for logger, level in zip(chatty, levels, strict=True):
+            logger.setLevel(level)
         hf.set_verbosity(verbosity)
         if bars:
             hf.enable_progress_bar()

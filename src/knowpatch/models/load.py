@@ -110,7 +110,7 @@ def load(
         kind = fast_dtype(place) or torch.float32
     else:
         kind = dtype_for(dtype, place, float32_bytes(folder))
-    model, tokenizer = _read(folder, kind, quant.config() if dtype == quant.EIGHT else None)
+    model, tokenizer = _read(folder, kind, quantised=dtype == quant.EIGHT)
     model.requires_grad_(requires_grad=False)
     model.to(place).eval()
     if fingerprint.shards(folder):
@@ -254,17 +254,20 @@ def _memory() -> int:
     return 16 * 2**30
 
 
-def _read(folder: Path, dtype: torch.dtype, quantised: Any) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+def _read(folder: Path, dtype: torch.dtype, *, quantised: bool) -> tuple[Any, Any]:
     try:
         with quiet_transformers():
+            from transformers import AutoModelForCausalLM, AutoTokenizer
+
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, quantization_config=quantised, output_loading_info=True
+                folder,
+                dtype=dtype,
+                quantization_config=quant.config() if quantised else None,
+                output_loading_info=True,
             )
             model, told = loaded
             tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (MemoryError, KeyboardInterrupt):
+    except (MemoryError, KeyboardInterrupt, OptionError):
         raise
     except Exception as error:  # whatever is wrong with a foreign folder, it is one line
         raise ModelError(f"{folder}: cannot be loaded ({str(error).splitlines()[0]})") from None

@@ -5,7 +5,6 @@ Weight-only and by output row, so what enters a map stays a float and gradients 
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,8 +20,6 @@ def config() -> Any:
     Raises:
         OptionError: torchao is not installed.
     """
-    for name in ("torchao", "torch.utils._pytree"):  # kernels for other processors, told at import
-        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         from torchao.quantization import Int8WeightOnlyConfig
         from transformers import TorchAoConfig

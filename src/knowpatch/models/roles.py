@@ -104,9 +104,12 @@ class Roles:
         return self.blocks[0].missing.get(role, "not known")
 
 
-def at_depth(share: float, layers: int) -> int:
-    """The block at a share of the depth: how a published layer carries over to another model."""
-    return min(layers - 1, round(share * layers))
+def at_depth(share: float, layers: int, chosen: int | None = None) -> int:
+    """The block at a share of the depth: how a published layer carries over to another model.
+
+    A `chosen` block goes before it.
+    """
+    return min(layers - 1, round(share * layers)) if chosen is None else chosen
 
 
 def find_roles(model: nn.Module) -> Roles:

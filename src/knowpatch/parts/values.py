@@ -14,7 +14,7 @@ Axes: N tasks, D width of the module's output, B rows, M wanted places, V vocabu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -104,10 +104,10 @@ def optimise(
     """
     values: dict[int, Value] = {}
     for numbers in _batches(tasks):
-        progress("optimising values", len(values), len(tasks))
         descent = _Descent(view, module, [tasks[i] for i in numbers], settings)
-        values.update(zip(numbers, descent.run(), strict=True))
-    progress("optimising values", len(tasks), len(tasks))
+        for finished in descent.steps():
+            progress("optimising values", len(values) + finished, len(tasks))
+        values.update(zip(numbers, descent.values(), strict=True))
     return [values[i] for i in range(len(tasks))]
 
 
@@ -154,11 +154,15 @@ class _Descent:
         self.old_NV: Tensor | None = None
         self.found: list[Value | None] = [None] * len(tasks)
 
-    def run(self) -> list[Value]:
+    def steps(self) -> Iterator[int]:
+        """Step until every task is done; after each step, how many are."""
         for step in range(self.settings.steps):
             self._step(step)
+            yield len(self.found) - len(self.alive)
             if not len(self.alive):
                 break
+
+    def values(self) -> list[Value]:
         return [value for value in self.found if value is not None]
 
     def _step(self, step: int) -> None:

@@ -81,7 +81,9 @@ class Ft(EditMethod):
         self, view: ModelView, requests: Sequence[EditRequest], prepared: Any, state: Any
     ) -> Patch:
         examples = [part for request in requests for part in self._examples(view, request)]
-        role = view.roles.linear(self.config.module, self._layer(len(view.roles.blocks)))
+        role = view.roles.linear(
+            self.config.module, at_depth(DEPTH, len(view.roles.blocks), self.config.layer)
+        )
         whole = view.values(role.address.parameter)
         leaf = torch.zeros_like(role.address.narrow(whole), dtype=torch.float32)
         leaf.requires_grad_()
@@ -114,9 +116,6 @@ class Ft(EditMethod):
     def cost(self, shape: Shape, lengths: Sequence[int]) -> Cost:
         tokens = self.config.steps * sum(lengths)
         return Cost(tokens, tokens, extra_bytes=4 * 4 * shape.hidden * shape.inner)
-
-    def _layer(self, layers: int) -> int:
-        return at_depth(DEPTH, layers) if self.config.layer is None else int(self.config.layer)
 
     def _examples(self, view: ModelView, request: EditRequest) -> list[_Example]:
         text = request.old if self.config.objective == "unlikelihood" else request.target

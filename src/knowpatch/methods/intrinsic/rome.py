@@ -112,7 +112,7 @@ class Rome(EditMethod):
         found = moments.key_moments(
             view,
             "mlp.out",
-            self._layer(len(view.roles.blocks)),
+            at_depth(DEPTH, len(view.roles.blocks), self.config.layer),
             tokens=self.config.tokens,
             seed=self.seed,
             progress=self.progress,
@@ -230,10 +230,9 @@ class Rome(EditMethod):
         return ((short, 5), (self.config.contexts - short, 10))
 
     def _role(self, view: ModelView) -> LinearRole:
-        return view.roles.linear("mlp.out", self._layer(len(view.roles.blocks)))
-
-    def _layer(self, layers: int) -> int:
-        return at_depth(DEPTH, layers) if self.config.layer is None else int(self.config.layer)
+        return view.roles.linear(
+            "mlp.out", at_depth(DEPTH, len(view.roles.blocks), self.config.layer)
+        )
 
     def preparations(self, shape: Shape) -> list[Preparation]:
         print_, seed = shape.fingerprint, self.seed
@@ -241,7 +240,7 @@ class Rome(EditMethod):
         path = prefixes.kept_at(print_, self._plan(), seed)
         items = [Preparation("context prefixes", path, tokens)]
         if self.config.moments == "text":
-            block = self._layer(shape.layers)
+            block = at_depth(DEPTH, shape.layers, self.config.layer)
             path = moments.kept_at(print_, "mlp.out", block, tokens=self.config.tokens, seed=seed)
             what = f"key statistics of block {block} ({moments.text_name()})"
             items.append(Preparation(what, path, self.config.tokens))

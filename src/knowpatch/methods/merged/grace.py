@@ -68,7 +68,7 @@ class Grace(EditMethod):
     def prepare(self, view: ModelView) -> _Prepared:
         if self.config.radius is not None:
             return _Prepared(self.config.radius)
-        layer = self._layer(len(view.roles.blocks))
+        layer = at_depth(DEPTH, len(view.roles.blocks), self.config.layer)
         found = scope.key_scope(view, "mlp.out", layer, self.progress)
         return _Prepared(0.5 * min(found.near, found.far))
 
@@ -131,15 +131,16 @@ class Grace(EditMethod):
         )
 
     def _role(self, view: ModelView) -> LinearRole:
-        return view.roles.linear("mlp.out", self._layer(len(view.roles.blocks)))
-
-    def _layer(self, layers: int) -> int:
-        return at_depth(DEPTH, layers) if self.config.layer is None else int(self.config.layer)
+        return view.roles.linear(
+            "mlp.out", at_depth(DEPTH, len(view.roles.blocks), self.config.layer)
+        )
 
     def preparations(self, shape: Shape) -> list[Preparation]:
         if self.config.radius is not None:
             return []
-        path = scope.kept_at(shape.fingerprint, "mlp.out", self._layer(shape.layers))
+        path = scope.kept_at(
+            shape.fingerprint, "mlp.out", at_depth(DEPTH, shape.layers, self.config.layer)
+        )
         return [Preparation("how far apart prompts lie", path, CALIBRATION_TOKENS)]
 
     def cost(self, shape: Shape, lengths: Sequence[int]) -> Cost:
