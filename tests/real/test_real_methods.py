@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import pytest
 
@@ -68,6 +69,14 @@ def test_rome(model, text, records):
     success, perplexity = _run(model, text, records(FILE)[:20], "rome")
     assert success >= 0.95
     assert perplexity <= 1.05
+
+
+@pytest.mark.skipif(not os.environ.get("KNOWPATCH_SOAK"), reason="long; run by `make soak`")
+def test_grace_on_twenty_records(model, text, records):
+    """GRACE: a text that no entry knows is left alone; long answers outlast its one position."""
+    success, perplexity = _run(model, text, records(FILE)[:20], "grace")
+    assert success >= 0.7
+    assert perplexity == pytest.approx(1, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", ["ft", "ice"])
