@@ -28,7 +28,7 @@ class Answers:
     """What one unedited model answers, by key."""
 
     def __init__(self, view: ModelView) -> None:
-        made_by = [view.fingerprint, view.form, str(view.device.type)]
+        made_by = [view.fingerprint, view.form, str(view.device.type), list(view.stop_ids)]
         versions = [torch.__version__, transformers.__version__]
         name = hashlib.sha256(json.dumps([1, *made_by, *versions]).encode()).hexdigest()[:32]
         self.path = Path(cache_folder() / "answers" / f"{name}.sqlite")
@@ -42,8 +42,10 @@ class Answers:
             for start in range(0, len(keys), AT_ONCE):
                 some = keys[start : start + AT_ONCE]
                 marks = ",".join("?" * len(some))
-                query = f"select key, answer from answers where key in ({marks})"
-                found.update((key, json.loads(text)) for key, text in store.execute(query, some))
+                query = f"select key, answer, sum from answers where key in ({marks})"
+                for key, text, total in store.execute(query, some):
+                    if total == _sum(key, text):
+                        found[key] = json.loads(text)
         return found
 
     def put(self, answers: Mapping[str, Any]) -> None:
@@ -51,9 +53,10 @@ class Answers:
         with contextlib.suppress(sqlite3.Error, OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self._open() as store:
-                store.execute("create table if not exists answers (key primary key, answer)")
-                rows = [(key, json.dumps(answer)) for key, answer in answers.items()]
-                store.executemany("insert or replace into answers values (?, ?)", rows)
+                store.execute("create table if not exists answers (key primary key, answer, sum)")
+                texts = {key: json.dumps(answer) for key, answer in answers.items()}
+                rows = [(key, text, _sum(key, text)) for key, text in texts.items()]
+                store.executemany("insert or replace into answers values (?, ?, ?)", rows)
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
@@ -63,6 +66,11 @@ class Answers:
                 yield store
         finally:
             store.close()
+
+
+def _sum(key: str, text: object) -> str:
+    """What tells a damaged answer from a kept one."""
+    return hashlib.sha256(f"{key} {text}".encode()).hexdigest()
 
 
 def key_of(question: Sequence[Any]) -> str:

@@ -15,7 +15,8 @@ from itertools import repeat
 from typing import Any, Generic, Protocol, TypeVar
 
 from knowpatch.answers import Answers, key_of
-from knowpatch.models import shared
+from knowpatch.held import Carried
+from knowpatch.models import shared, trials
 from knowpatch.models.passes import Scored
 from knowpatch.models.view import ModelView
 from knowpatch.parts.spans import Encoded, continuation
@@ -36,6 +37,8 @@ class Speaker(Protocol):
     def live(self) -> tuple[Patch, ...]: ...
 
     def carried(self) -> tuple[Patch, ...]: ...
+
+    def carry(self, row: Carried) -> tuple[Patch, ...]: ...
 
     def encode(
         self, prompt: str, *, chat: bool = False, patches: Sequence[Patch] | None = None
@@ -145,7 +148,7 @@ class Ask:
 
         `patches` are carried beside the model; by default those of this context's session.
         """
-        carried = self.model.carried() if patches is None else tuple(patches)
+        carried = self.model.carried() if patches is None else self.model.carry(patches)
         encoded = self.model.encode(prompt, chat=chat, patches=carried)
         if isinstance(answer, str):
             ids = continuation(self.model.view.tokenizer, encoded, answer)
@@ -162,7 +165,7 @@ class Ask:
         patches: Sequence[Patch] | None = None,
     ) -> Future[Generated]:
         """Let the model answer `prompt` greedily; `patches` as in `score`."""
-        carried = self.model.carried() if patches is None else tuple(patches)
+        carried = self.model.carried() if patches is None else self.model.carry(patches)
         encoded = self.model.encode(prompt, chat=chat, patches=carried)
         question = _Text(encoded.ids, max_new_tokens, carried)
         return self._waiting.setdefault(question, Future(self.run))
@@ -170,6 +173,12 @@ class Ask:
     def run(self) -> None:
         """Answer everything asked so far."""
         waiting, self._waiting = self._waiting, {}
+        try:
+            self._run(waiting)
+        finally:  # what an error or an interrupt left open can be asked again
+            self._waiting |= {q: future for q, future in waiting.items() if not future.done}
+
+    def _run(self, waiting: Mapping[_Question, Future[Any]]) -> None:
         self._recall(waiting)
         open_ = [question for question, future in waiting.items() if not future.done]
         done = len(waiting) - len(open_)
@@ -221,8 +230,9 @@ class Ask:
 
     def _kept(self) -> Answers | None:
         """Where answers are kept: only those of an unedited model that came from files."""
-        plain = self.model.view.identity.folder is not None and not self.model.live
-        return Answers(self.model.view) if plain else None
+        view = self.model.view
+        plain = view.identity.folder is not None and not self.model.live and not trials.of(view)
+        return Answers(view) if plain else None
 
     def _recall(self, waiting: Mapping[_Question, Future[Any]]) -> None:
         """Set what is kept."""

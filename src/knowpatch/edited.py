@@ -12,6 +12,7 @@ same numbers (to 1e-4 in float32).
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ class EditedModel:
         self.view = view
         self._live: list[Patch] = []
         self._held: list[Patch] = []
+        self._holding = threading.Lock()
         self._base: dict[str, Tensor] = {}
         self._wide: dict[str, Tensor] = {}
         self._canonical = canonical_names(view.model)
@@ -83,7 +85,8 @@ class EditedModel:
             if any(session_of(self.model)) or self.view.standing:
                 raise OptionError("give input_ids: what patches do beside the model needs them")
             return self.view.model(**kwargs)
-        going_on = kwargs.get("past_key_values") is not None
+        past = kwargs.get("past_key_values")
+        going_on = past is not None and past.get_seq_length() > 0
         lasts = None if going_on else _lasts(input_ids, kwargs.get("attention_mask"))
         with self.view.passing(lasts, rows=len(input_ids)):
             return self.view.model(input_ids, **kwargs)
@@ -98,11 +101,10 @@ class EditedModel:
         rows = [row[kept.bool()].tolist() for row, kept in zip(input_ids, mask, strict=True)]
         session = session_of(self.model)
         times = repeats(session, len(rows))
-        if any(patch.rule for patches in (self._live, *session) for patch in patches):
-            rows = [
-                self.encode(self.view.decode(row), patches=session[number // times]).ids
-                for number, row in enumerate(rows)
-            ]
+        for number, row in enumerate(rows):
+            carried = session[number // times]
+            if any(patch.rule for patch in (*self._live, *carried)):
+                rows[number] = list(self.encode(self.view.decode(row), patches=carried).ids)
         batch = self.view.batch(rows, side="left")
         width = batch.ids_BT.shape[1]
         with self.view.passing([width - 1] * len(rows)):
@@ -164,10 +166,11 @@ class EditedModel:
         Raises:
             ForeignModelError, PatchError: it does not fit, or cannot be computed beside the model.
         """
-        if patch not in self._held:
-            check_fits(patch, self.view, self._canonical)
-            check_beside(patch, self.model)
-            self._held.append(patch)
+        with self._holding:
+            if patch not in self._held:
+                check_fits(patch, self.view, self._canonical)
+                check_beside(patch, self.model, self.view.roles.head)
+                self._held.append(patch)
         return patch.id
 
     def release(self, patch_id: str) -> None:
@@ -189,11 +192,15 @@ class EditedModel:
         """
         if not rows:
             raise OptionError("a session of no rows was given; give at least one, [None] for none")
-        carried = tuple(resolved(row, self._held, self._live) for row in rows)
-        for patch in dict.fromkeys(patch for row in carried for patch in row):
-            self.hold(patch)
-        with beside_session(self.model, carried):
+        with beside_session(self.model, tuple(self.carry(row) for row in rows)):
             yield self
+
+    def carry(self, row: Carried) -> tuple[Patch, ...]:
+        """The patches of one row of a session, held from now on; errors as in `session`."""
+        patches = resolved(row, self._held, self._live)
+        for patch in patches:
+            self.hold(patch)
+        return patches
 
     def apply(self, patch: Patch, *, tied: Sequence[str] = ()) -> None:
         """Make `patch` live, behind the patches that are live already; whole or not at all.

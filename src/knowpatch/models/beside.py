@@ -68,8 +68,8 @@ class Beside:
         model: the transformers model; roles: where its parts sit.
         rows: the patches of each row of the session.
         standing: live patches whose wraps every row carries, before its own.
-        lasts: for each row of the batch the column of its last prompt token; None where no prompt
-            ends in this pass.
+        lasts: for each row of the batch the column of its last prompt token, what was read before
+            included; None where no prompt ends in this pass.
         joined: a cache of joined wraps.
     """
 
@@ -87,8 +87,8 @@ class Beside:
         self._own: Rows = rows
         self._lasts = torch.tensor(lasts or [])
         self._shape = torch.Size((0, 0))
+        self._begin = 0
         self._decided: dict[Any, Tensor] = {}
-        self._prompts: dict[Any, int] = {}
 
     def hooks(self) -> list[Hook]:
         """What to register for the pass, branches before wraps."""
@@ -98,17 +98,20 @@ class Beside:
         for module, wraps in self._wraps().items() if len(self._lasts) else ():
             hooks.append(self._registered(module, self._wrap(module, wraps)))
         if hooks:
-            embedding = self._model.get_submodule(self._roles.embedding)
-            hooks.insert(0, lambda: embedding.register_forward_pre_hook(self._note))
+            hooks.insert(
+                0, lambda: self._model.register_forward_pre_hook(self._note, with_kwargs=True)
+            )
         return hooks
 
     def _registered(self, path: str, function: Callable[..., Any]) -> Hook:
         module = self._model.get_submodule(path)
         return lambda: module.register_forward_hook(function)
 
-    def _note(self, module: nn.Module, args: Any) -> None:
-        """The shape (B, T) of the pass that begins: some models flatten rows further up."""
-        self._shape = args[0].shape
+    def _note(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """The pass that begins: its shape (B, T), which some models flatten, and first column."""
+        self._shape = (args[0] if args else kwargs["input_ids"]).shape
+        past = kwargs.get("past_key_values")
+        self._begin = 0 if past is None else int(past.get_seq_length())
 
     def _changes(self) -> dict[str, list[tuple[WeightDelta, list[int]]]]:
         """By parameter: each change, in patch order, and the session rows that carry it."""
@@ -144,6 +147,14 @@ class Beside:
         times = self._shape[0] // len(self._own)
         return torch.tensor([row * times + i for row in rows for i in range(times)], device=device)
 
+    def _ends(self, rows: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Of these rows of the session, those of the pass whose prompt ends in it, and where."""
+        index = self._index(rows, device)
+        times = self._shape[0] // len(self._lasts)
+        columns = self._lasts.to(device).repeat_interleave(times)[index] - self._begin
+        inside = (columns >= 0) & (columns < self._shape[1])
+        return index[inside], columns[inside]
+
     def _wraps(self) -> dict[str, list[tuple[list[Joined], list[int]]]]:
         """By module: the joined wraps of each group of rows that carry the same patches."""
         groups: dict[tuple[Patch, ...], list[int]] = {}
@@ -169,20 +180,15 @@ class Beside:
 
     def _wrap(self, path: str, groups: Sequence[tuple[list[Joined], list[int]]]) -> Any:
         def act(module: nn.Module, args: Any, output: Any) -> Any:
-            width = self._shape[1]
-            first = path not in self._prompts
-            self._prompts.setdefault(path, width)
-            if not first and width <= self._prompts[path]:
-                return None  # a later step: what the prompt left in the cache holds the decision
             into = args[0].reshape(*self._shape, -1)
             whole = output.reshape(*self._shape, -1)
             for number, (joined, rows) in enumerate(groups):
-                index = self._index(rows, whole.device)
-                times = self._shape[0] // len(self._lasts)
-                columns = self._lasts.repeat_interleave(times).to(whole.device)[index]
+                index, columns = self._ends(rows, whole.device)
+                if not len(index):
+                    continue  # what the prompt left in the attention's cache holds the decision
                 outputs = whole[index, columns]
                 for place, one in enumerate(joined):
-                    key = (path, number, place)
+                    key = (path, number, place, tuple(index.tolist()))
                     if key not in self._decided:
                         self._decided[key] = one.decide(into[index, columns])
                     outputs = one.act(outputs, self._decided[key])
@@ -192,13 +198,16 @@ class Beside:
         return act
 
 
-def check_beside(patch: Patch, model: nn.Module) -> None:
-    """PatchError, in one line, for a change of anything but the weight of a linear map."""
+def check_beside(patch: Patch, model: nn.Module, head: str) -> None:
+    """PatchError, in one line, for a change of anything but the weight of a linear map.
+
+    The head is none: it runs at asked places only, where rows cannot be told apart.
+    """
     for delta in patch.deltas:
         name = delta.address.parameter
         path, _, kind = name.rpartition(".")
         module = model.get_submodule(path)
-        if not isinstance(module, nn.Linear | Conv1D) or kind != "weight":
+        if not isinstance(module, nn.Linear | Conv1D) or kind != "weight" or path == head:
             raise PatchError(
                 f"patch {patch.id[:12]} changes {name} of a {type(module).__name__}, which cannot "
                 "be computed beside the model; apply it instead"

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from knowpatch.models.batch import Batch, Place
@@ -17,10 +18,19 @@ from knowpatch.models.batch import Batch, Place
 
 @dataclass(frozen=True)
 class Row:
-    """Token ids, and the position among them that an edit changes."""
+    """Token ids, the position among them that an edit changes, and how many are the prompt.
+
+    The prompt may be followed by (part of) an answer; 0 where all is prompt.
+    """
 
     ids: tuple[int, ...]
     position: int
+    prompt: int = 0
+
+    @property
+    def end(self) -> int:
+        """Where the prompt ends."""
+        return self.prompt or len(self.ids)
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,21 @@ class Scored:
     ids: tuple[int, ...]
     correct: tuple[bool, ...]
     logprobs: tuple[float, ...]
+
+    @classmethod
+    def of(cls, logits_MV: Tensor, answers: Sequence[Sequence[int]]) -> list[Scored]:
+        """Answers from the logits at the places where their tokens are predicted, in order."""
+        flat = torch.tensor([i for answer in answers for i in answer], device=logits_MV.device)
+        logprobs = logits_MV.log_softmax(-1).gather(1, flat[:, None])[:, 0].tolist()
+        correct = (logits_MV.argmax(-1) == flat).tolist()
+        scored, start = [], 0
+        for answer in answers:
+            stop = start + len(answer)
+            scored.append(
+                cls(tuple(answer), tuple(correct[start:stop]), tuple(logprobs[start:stop]))
+            )
+            start = stop
+        return scored
 
     @property
     def accuracy(self) -> float:

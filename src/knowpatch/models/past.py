@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -112,23 +113,30 @@ def read_shared(
 def shared_beginnings(rows: Sequence[tuple[int, ...]], least: int = 1) -> list[tuple[int, ...]]:
     """For each row the beginning that it shares with its like; () where sharing saves nothing.
 
-    Rows are taken in lexicographic order, and a row joins the group before it as long as what the
-    group saves, (rows - 1) * shared tokens, does not fall.
+    Rows are taken in lexicographic order and cut into groups of neighbours, so that what all groups
+    save together, (rows - 1) * shared tokens each, is most.
     """
     order = sorted(range(len(rows)), key=lambda i: rows[i])
-    groups: list[tuple[list[int], int]] = []
-    for i in order:
-        if groups:
-            members, length = groups[-1]
-            common = min(length, _common(rows[members[-1]], rows[i]))
-            if common >= least and common * len(members) >= length * (len(members) - 1):
-                groups[-1] = ([*members, i], common)
-                continue
-        groups.append(([i], len(rows[i])))
+    shared = [_common(rows[i], rows[j]) for i, j in pairwise(order)]
+    best = [0] * (len(rows) + 1)  # saved by the first n rows in order
+    cut = list(range(-1, len(rows)))  # where the last group of the first n rows begins
+    for stop in range(1, len(rows) + 1):
+        best[stop], common = best[stop - 1], None
+        for start in range(stop - 2, -1, -1):
+            common = shared[start] if common is None else min(common, shared[start])
+            if common < least:
+                break
+            saved = best[start] + (stop - start - 1) * common
+            if saved > best[stop]:
+                best[stop], cut[stop] = saved, start
     heads: list[tuple[int, ...]] = [()] * len(rows)
-    for members, length in groups:
-        for i in members if len(members) > 1 else ():
+    stop = len(rows)
+    while stop > 0:
+        members = order[cut[stop] : stop]
+        length = min((shared[i] for i in range(cut[stop], stop - 1)), default=0)
+        for i in members:
             heads[i] = rows[i][:length]
+        stop = cut[stop]
     return heads
 
 

@@ -17,10 +17,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from knowpatch.models.batch import Place
-from knowpatch.models.hooks import Reached, seeing_nothing
+from knowpatch.models.hooks import Hook, Reached, seeing_nothing
 from knowpatch.models.passes import Row, Shift
 from knowpatch.models.past import Piece, read_shared
 from knowpatch.models.twin import twin
@@ -59,8 +58,9 @@ def passes(
         places: where logits are wanted, (row, position), at the changed position or behind it.
         dtype: of the replayed part; None for the model's own.
     """
+    view.limits.check(max(len(row.ids) for row in rows), view.source)
     attention = _holding(view, module)
-    fits = view.limits.reads_in_pieces(max(len(row.ids) for row in rows))
+    fits = view.limits.reads_in_pieces(max(len(row.ids) for row in rows), 3)
     if attention is None or not fits:
         return Whole(view, module, rows, places)
     return Replay(view, module, rows, places, dtype=dtype, attention=attention)
@@ -76,8 +76,14 @@ class Whole:
 
     def logits(self, shift_BD: Tensor) -> Tensor:
         shift = Shift(self.module, [(i, row.position) for i, row in enumerate(self.rows)], shift_BD)
-        ids = [row.ids for row in self.rows]
-        return self.view.run(ids, logits_at=self.places, shifts=[shift], grad=True).logits_MV
+        run = self.view.run(
+            [row.ids for row in self.rows],
+            logits_at=self.places,
+            shifts=[shift],
+            grad=True,
+            prompts=[row.end for row in self.rows],
+        )
+        return run.logits_MV
 
     def keep(self, rows: Sequence[int]) -> None:
         self.places = renumbered(self.places, rows)
@@ -100,10 +106,12 @@ class Replay:
         self._twin = twin(view.model, attention=attention, weight=view.stand_in(dtype))
         self._head = self._twin.get_submodule(view.roles.head)
         self._places = [(row, i - rows[row].position) for row, i in places]
+        self._view = view
         before = [row.ids[: row.position] for row in rows]
-        with _hooked(seeing_nothing(self._head)()):
+        with _hooked(seeing_nothing(self._head), *self._beside(None)):
             self._past = read_shared(self._twin, before, view.device)
         self._past.freeze()
+        self._lasts = [self._past.columns + row.end - 1 - row.position for row in rows]
         # What stands behind the last wanted place changes nothing there.
         ends = [max((i for r, i in places if r == row), default=0) for row in range(len(rows))]
         wanted = [row.ids[row.position : end + 1] for row, end in zip(rows, ends, strict=True)]
@@ -122,14 +130,18 @@ class Replay:
             raise Reached
 
         below = self._twin.get_submodule(view.roles.blocks[block - 1].module)
-        hook = below.register_forward_hook(keep)
-        with _hooked(hook), torch.no_grad(), contextlib.suppress(Reached):
+        hooks = [*self._beside(self._lasts), lambda: below.register_forward_hook(keep)]
+        with _hooked(*hooks), torch.no_grad(), contextlib.suppress(Reached):
             self._forward()
         known = _Known(kept[0])
         blocks = self._twin.get_submodule(view.roles.stack)
         for number in range(block):
             blocks[number] = known
         return known
+
+    def _beside(self, lasts: Sequence[int] | None) -> list[Hook]:
+        """What this context carries beside the model, on the twin."""
+        return self._view.beside(lasts, model=self._twin).hooks()
 
     def _forward(self) -> Any:
         return self._twin(**self._past.inputs(self._piece), use_cache=False)
@@ -147,13 +159,18 @@ class Replay:
         def pick(module: nn.Module, args: Any) -> Any:
             return (args[0][rows, columns],)
 
-        hooks = self._shifted.register_forward_hook(add), self._head.register_forward_pre_hook(pick)
+        hooks: list[Hook] = [
+            *self._beside(self._lasts),
+            lambda: self._shifted.register_forward_hook(add),
+            lambda: self._head.register_forward_pre_hook(pick),
+        ]
         with _hooked(*hooks), torch.enable_grad():
             logits: Tensor = self._forward().logits
         return logits.float()
 
     def keep(self, rows: Sequence[int]) -> None:
         self._places = renumbered(self._places, rows)
+        self._lasts = [self._lasts[row] for row in rows]
         self._past = self._past.pick(rows)
         self._piece = self._piece.pick(rows)
         if self._known is not None:
@@ -178,8 +195,10 @@ class _Known(nn.Module):
 
 
 @contextlib.contextmanager
-def _hooked(*handles: RemovableHandle) -> Iterator[None]:
+def _hooked(*hooks: Hook) -> Iterator[None]:
+    handles: list[Any] = []
     try:
+        handles.extend(hook() for hook in hooks)
         yield
     finally:
         for handle in handles:

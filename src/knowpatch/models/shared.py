@@ -35,7 +35,7 @@ def heads(view: ModelView, prompts: Sequence[Ids], rows: Rows, longest: int) -> 
         longest: tokens of the longest row, its answer included.
     """
     found: list[Ids] = [()] * len(prompts)
-    if not view.limits.reads_in_pieces(longest):
+    if not view.limits.reads_in_pieces(longest, 2):
         return found
     for patches in dict.fromkeys(rows):
         mine = [i for i, other in enumerate(rows) if other == patches]

@@ -63,11 +63,11 @@ class ModelView:
 
     def __post_init__(self) -> None:
         self.roles: Roles = find_roles(self.model)
+        # One pass at a time: hooks sit on modules that all threads share.
+        self._lock = threading.RLock()
         self.form = self.form or str(self.embedding.dtype).removeprefix("torch.")
         self.probed: dict[str, str | None] = {}
         self._joined: dict[Any, list[Joined]] = {}
-        # One pass at a time: hooks sit on modules that all threads share.
-        self._lock = threading.RLock()
 
     @property
     def _trials(self) -> list[WeightDelta]:
@@ -102,8 +102,9 @@ class ModelView:
     # -- weights ---------------------------------------------------------------------------------
 
     def parameter(self, name: str) -> nn.Parameter:
-        """The parameter called `name`, as it stands in the model."""
-        found: nn.Parameter = self.model.get_parameter(name)
+        """The parameter called `name`, as it stands in the model (and not in a pass's trial)."""
+        with self._lock:
+            found: nn.Parameter = self.model.get_parameter(name)
         return found
 
     def values(self, name: str) -> Tensor:
@@ -240,8 +241,12 @@ class ModelView:
         hooks.append(choosing(part(self.roles.head), batch, logits_at))
         logits = torch.empty(0)
         ends = [len(row) for row in rows] if prompts is None else prompts
-        lasts = [start + end - 1 for start, end in zip(batch.starts, ends, strict=True)]
+        seen = 0 if past is None else past.columns
+        lasts = [seen + start + end - 1 for start, end in zip(batch.starts, ends, strict=True)]
         with self.passing(lasts, hooks), torch.set_grad_enabled(grad), contextlib.suppress(Reached):
+            if past is not None:
+                longest = int((past.mask_BP.sum(1) + batch.mask_BT.sum(1)).max())
+                self.limits.check(longest, self.source)
             inputs = batch.inputs() if past is None else past.inputs(batch.piece())
             logits = self._forward(**inputs, use_cache=False).logits.float()
         return Run(batch, logits, tapped)
@@ -261,16 +266,21 @@ class ModelView:
         Everything is as it was after the block, and no other thread passes meanwhile.
 
         Args:
-            lasts: for each row of the batch the column of its last prompt token; None for
-                beginnings, whose prompts end later.
+            lasts: for each row of the batch the column of its last prompt token, a past's columns
+                included; None for beginnings, whose prompts end later.
             hooks: what else to register.
             rows: of the batch, where `lasts` does not say.
         """
-        carried = session_of(self.model)
-        repeats(carried, rows if lasts is None else len(lasts))
-        beside = Beside(self.model, self.roles, carried, self.standing, lasts, self._joined)
+        repeats(session_of(self.model), rows if lasts is None else len(lasts))
+        beside = self.beside(lasts)
         with self._lock, self._as_found([*beside.hooks(), *hooks]):
             yield
+
+    def beside(self, lasts: Sequence[int] | None, *, model: Any = None) -> Beside:
+        """What this context carries beside the model (or beside a twin of it)."""
+        on = self.model if model is None else model
+        carried = session_of(self.model)
+        return Beside(on, self.roles, carried, self.standing, lasts, self._joined)
 
     @contextlib.contextmanager
     def _as_found(self, hooks: Sequence[Hook]) -> Iterator[None]:
@@ -299,17 +309,7 @@ class ModelView:
         ]
         prompts = [len(prompt) for prompt, _ in pairs]
         logits_MV = self.run(rows, logits_at=places, prompts=prompts, past=past).logits_MV
-        flat = torch.tensor([i for _, answer in pairs for i in answer], device=logits_MV.device)
-        logprobs = logits_MV.log_softmax(-1).gather(1, flat[:, None])[:, 0].tolist()
-        correct = (logits_MV.argmax(-1) == flat).tolist()
-        scored, start = [], 0
-        for _, answer in pairs:
-            stop = start + len(answer)
-            scored.append(
-                Scored(tuple(answer), tuple(correct[start:stop]), tuple(logprobs[start:stop]))
-            )
-            start = stop
-        return scored
+        return Scored.of(logits_MV, [answer for _, answer in pairs])
 
     def generate(
         self,
@@ -334,7 +334,7 @@ class ModelView:
         config = generation_config(
             max_new_tokens, top_k, self.tokenizer.pad_token_id or 0, self.stop_ids
         )
-        lasts = [batch.ids_BT.shape[1] - 1] * len(rows)
+        lasts = [ids_BT.shape[1] - 1] * len(rows)
         with self.passing(lasts), torch.no_grad(), own_randomness(self.device):
             torch.manual_seed(seed)
             out = self.model.generate(

@@ -15,6 +15,8 @@ from torch import Tensor
 
 Label = tuple[int, ...]
 MARGIN = 1e-5
+SAME = 1e-2
+"""Share of a radius within which two keys are one: another rounding of the same prompt."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +61,8 @@ def grown(entries: Sequence[Memory]) -> Memory:
 
     A key outside every ball, at more than its own radius plus the nearest one's, is a new entry. A
     key within reach of an entry with the same label widens that entry up to the key and is not
-    kept. With another label it is a new entry, and the two share the distance between them.
+    kept. With another label it is a new entry, and the two share the distance between them; where
+    there is none to share (a fact edited again), it takes the other's place.
     """
     kept: list[tuple[Memory, int]] = []
     keys_NI = torch.cat([memory.keys_NI for memory in entries])
@@ -73,7 +76,10 @@ def grown(entries: Sequence[Memory]) -> Memory:
             gap = float(gaps_N[near])
             if gap <= initial + radii[near]:
                 if kept[near][0].labels[kept[near][1]] == memory.labels[i]:
-                    radii[near] = max(radii[near], gap)
+                    radii[near] = max(radii[near], gap * (1 + MARGIN))
+                    continue
+                if gap <= SAME * initial:
+                    kept[near], numbers[near], radii[near] = (memory, i), offset, initial
                     continue
                 radii[near], initial = gap / 2 - MARGIN, gap / 2
         kept.append((memory, i))

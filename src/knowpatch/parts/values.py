@@ -288,5 +288,6 @@ class _Adam:
 
 def _clean_outputs(view: ModelView, module: str, tasks: Sequence[ValueTask]) -> Tensor:
     tap = Tap(module, "output")
-    run = view.run([task.contexts[0].ids for task in tasks], taps=[tap])
+    rows = [task.contexts[0] for task in tasks]
+    run = view.run([row.ids for row in rows], taps=[tap], prompts=[row.end for row in rows])
     return run.at(tap, [(row, task.contexts[0].position) for row, task in enumerate(tasks)])

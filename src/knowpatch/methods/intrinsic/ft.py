@@ -176,7 +176,8 @@ class Ft(EditMethod):
         ]
         labels = torch.tensor([i for e in examples for i in e.answer], device=view.device)
         weights = [1 / (len(e.answer) * len(examples)) for e in examples for _ in e.answer]
-        logits_MV = view.run(rows, logits_at=places, grad=True).logits_MV
+        prompts = [len(e.prompt) for e in examples]
+        logits_MV = view.run(rows, logits_at=places, grad=True, prompts=prompts).logits_MV
         picked = logits_MV.log_softmax(-1).gather(1, labels[:, None])[:, 0]
         if self.config.objective == "unlikelihood":
             picked = torch.log1p(-picked.exp().clamp(max=1 - 1e-6))

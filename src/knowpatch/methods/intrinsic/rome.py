@@ -208,7 +208,7 @@ class Rome(EditMethod):
 
         def row(encoded: Encoded, target: tuple[int, ...] = ()) -> Row:
             position = subject_position(encoded, subject)
-            return Row((*encoded.ids, *target[:-1]), position)
+            return Row((*encoded.ids, *target[:-1]), position, len(encoded.ids))
 
         bare, target = self.encode(view, request)
         chat = self.config.chat

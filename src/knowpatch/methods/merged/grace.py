@@ -117,7 +117,7 @@ class Grace(EditMethod):
 
     def _task(self, view: ModelView, request: EditRequest) -> ValueTask:
         prompt, target = self.encode(view, request)
-        row = Row((*prompt.ids, *target[:-1]), len(prompt.ids) - 1)
+        row = Row((*prompt.ids, *target[:-1]), len(prompt.ids) - 1, len(prompt.ids))
         return ValueTask(target, (row,))
 
     def _settings(self) -> ValueSettings:
