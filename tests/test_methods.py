@@ -105,7 +105,7 @@ def test_rome_writes_the_value_at_the_averaged_key(known, architecture):
     places = [(i, row.position) for i, row in enumerate(task.contexts)]
     key, output = (run.at(tap, places).double().mean(0) for tap in taps)
     change = role.oriented(delta.change.left @ delta.change.right).double()
-    value = optimise(model.view, role.module, [task], method._settings())[0]
+    value = optimise(model.view, role.module, [task], method._settings(model.view))[0]
     wanted = (value.clean_D + value.delta_D).double()
     assert (output + change @ key - wanted).norm() < 1e-4 * wanted.norm()
 

@@ -98,7 +98,7 @@ def test_a_mixture_says_what_it_lacks(architecture, tmp_path, caplog):
     model.save_pretrained(tmp_path)
     tok.save_pretrained(tmp_path)
     edited = load(str(tmp_path))
-    assert "cannot be edited by ft, rome: its MLP is a mixture of 4 experts" in caplog.text
+    assert "cannot be edited by ft, grace, rome: its MLP is a mixture of 4 experts" in caplog.text
     assert "methods that can: ice" in caplog.text
     with pytest.raises(ModelError, match="mixture of 4 experts"):
         edited.view.roles.linear("mlp.out", 0)

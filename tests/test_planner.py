@@ -684,11 +684,19 @@ def test_a_store_that_cannot_be_written_is_read(folder, store, expected, monkeyp
     monkeypatch.undo()
 
 
-def test_a_cache_that_cannot_be_made_is_gone_without(folder, expected, monkeypatch, tmp_path):
-    """Where the cache folder's place is taken by a file, everything is asked each time."""
-    (tmp_path / "file").write_text("in the way")
-    monkeypatch.setenv("KNOWPATCH_CACHE", str(tmp_path / "file" / "cache"))
+@pytest.mark.parametrize(
+    "name",
+    [
+        "file/cache",
+        "x" * 300,
+    ],
+    ids=["taken by a file", "refused by the system"],
+)
+def test_a_cache_that_cannot_be_made_is_gone_without(folder, expected, monkeypatch, tmp_path, name):
+    """Where the cache folder cannot be, everything is asked each time."""
     model = load(str(folder))
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("KNOWPATCH_CACHE", str(tmp_path / name))
     assert _ask_some(model) == _ask_some(model) == expected
 
 

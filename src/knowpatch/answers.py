@@ -36,9 +36,13 @@ class Answers:
     def get(self, keys: Sequence[str]) -> dict[str, Any]:
         """The kept answers among `keys`."""
         found: dict[str, Any] = {}
-        if not self.path.is_file():
-            return found
-        with contextlib.suppress(sqlite3.Error, OSError, ValueError), self._open() as store:
+        with contextlib.suppress(sqlite3.Error, OSError, ValueError):
+            if self.path.is_file():
+                self._look_up(keys, found)
+        return found
+
+    def _look_up(self, keys: Sequence[str], found: dict[str, Any]) -> None:
+        with self._open() as store:
             for start in range(0, len(keys), AT_ONCE):
                 some = keys[start : start + AT_ONCE]
                 marks = ",".join("?" * len(some))
@@ -46,7 +50,6 @@ class Answers:
                 for key, text, total in store.execute(query, some):
                     if total == _sum(key, text):
                         found[key] = json.loads(text)
-        return found
 
     def put(self, answers: Mapping[str, Any]) -> None:
         """Keep `answers`."""

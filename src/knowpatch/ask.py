@@ -15,6 +15,7 @@ from itertools import repeat
 from typing import Any, Generic, Protocol, TypeVar
 
 from knowpatch.answers import Answers, key_of
+from knowpatch.errors import RequestError
 from knowpatch.held import Carried
 from knowpatch.models import shared, trials
 from knowpatch.models.passes import Scored
@@ -25,6 +26,9 @@ from knowpatch.progress import Progress, silent
 
 T = TypeVar("T")
 BATCH_TOKENS = 1024
+"""Tokens that a batch runs at most, padding included."""
+HELD_TOKENS = 8 * BATCH_TOKENS
+"""Tokens whose keys and values it holds at most, shared beginnings included."""
 
 
 class Speaker(Protocol):
@@ -146,10 +150,14 @@ class Ask:
     ) -> Future[Scored]:
         """Force `answer` (a text, or ids) behind `prompt`.
 
-        `patches` are carried beside the model; by default those of this context's session.
+        `patches` are carried beside the model; by default those of this context's session. Patches
+        that are live act if they are when the question is run: read results within `applied`.
+
+        Raises:
+            RequestError: an empty prompt, which nothing can follow.
         """
         carried = self.model.carried() if patches is None else self.model.carry(patches)
-        encoded = self.model.encode(prompt, chat=chat, patches=carried)
+        encoded = self._encode(prompt, carried, chat=chat)
         if isinstance(answer, str):
             ids = continuation(self.model.view.tokenizer, encoded, answer)
         else:
@@ -166,9 +174,15 @@ class Ask:
     ) -> Future[Generated]:
         """Let the model answer `prompt` greedily; `patches` as in `score`."""
         carried = self.model.carried() if patches is None else self.model.carry(patches)
-        encoded = self.model.encode(prompt, chat=chat, patches=carried)
+        encoded = self._encode(prompt, carried, chat=chat)
         question = _Text(encoded.ids, max_new_tokens, carried)
         return self._waiting.setdefault(question, Future(self.run))
+
+    def _encode(self, prompt: str, carried: tuple[Patch, ...], *, chat: bool) -> Encoded:
+        encoded = self.model.encode(prompt, chat=chat, patches=carried)
+        if not encoded.ids:
+            raise RequestError("an empty prompt was given; give a question, or the start of a text")
+        return encoded
 
     def run(self) -> None:
         """Answer everything asked so far."""
@@ -219,7 +233,8 @@ class Ask:
         batch: list[_Question] = []
         before: Any = None
         for kind, head, size, _, question in ordered:
-            full = size * (len(batch) + 1) > BATCH_TOKENS
+            count = len(batch) + 1
+            full = size * count > BATCH_TOKENS or (len(head) + size) * count > HELD_TOKENS
             if batch and (full or (kind, head) != before):
                 yield batch
                 batch = []
@@ -250,4 +265,5 @@ class Ask:
         store = self._kept()
         if store is not None:
             plain = {q.key: list(vars(a).values()) for q, a in answers.items() if not q.patches}
-            store.put(plain)
+            if plain:
+                store.put(plain)

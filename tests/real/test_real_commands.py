@@ -127,3 +127,22 @@ def test_the_gguf_is_converted_once_and_exactly(tmp_path, monkeypatch):
     ours = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     assert set(ours) == set(direct)
     assert all(torch.equal(ours[name], direct[name]) for name in ours)
+
+
+@pytest.mark.parametrize(("name", "pair"), [("session", "score"), ("replay", "one")])
+def test_a_benchmark_ends_in_one_line_of_json(name, pair):
+    """`--quick --json`: both sides ran, and the last line is the pairs."""
+    file = README.parent / "benchmarks" / f"{name}.py"
+    run = subprocess.run(
+        [sys.executable, str(file), pair, "--quick", "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    (found,) = json.loads(run.stdout.splitlines()[-1])
+    keys = {"name", "ratio", "low", "high", "ours", "plain", "unit", "n", "settings"}
+    assert set(found) == keys
+    assert found["name"] == pair
+    assert found["plain"] > 0
+    assert found["ours"] > 0

@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+LARGEST = 256
+"""Rows at most that are held to share one beginning: what more would save is nothing."""
+
 
 @dataclass(frozen=True)
 class Past:
@@ -122,7 +125,7 @@ def shared_beginnings(rows: Sequence[tuple[int, ...]], least: int = 1) -> list[t
     cut = list(range(-1, len(rows)))  # where the last group of the first n rows begins
     for stop in range(1, len(rows) + 1):
         best[stop], common = best[stop - 1], None
-        for start in range(stop - 2, -1, -1):
+        for start in range(stop - 2, max(stop - LARGEST, 0) - 1, -1):
             common = shared[start] if common is None else min(common, shared[start])
             if common < least:
                 break

@@ -7,6 +7,7 @@ prompt is always read with its row: what is predicted first stands there, and wr
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -41,9 +42,11 @@ def heads(view: ModelView, prompts: Sequence[Ids], rows: Rows, longest: int) -> 
         mine = [i for i, other in enumerate(rows) if other == patches]
         for i, head in zip(mine, shared_beginnings([prompts[i][:-1] for i in mine]), strict=True):
             found[i] = head
-    for head in set(found):
-        if (found.count(head) - 1) * len(head) < WORTH:
-            found = [() if other == head else other for other in found]
+    counts = Counter(zip(found, rows, strict=True))
+    found = [
+        head if (counts[head, patches] - 1) * len(head) >= WORTH else ()
+        for head, patches in zip(found, rows, strict=True)
+    ]
     return found if any(found) and holds(view) else [()] * len(prompts)
 
 

@@ -99,8 +99,6 @@ class ModelView:
     def fingerprint(self) -> str:
         return self.identity.fingerprint
 
-    # -- weights ---------------------------------------------------------------------------------
-
     def parameter(self, name: str) -> nn.Parameter:
         """The parameter called `name`, as it stands in the model (and not in a pass's trial)."""
         with self._lock:
@@ -153,8 +151,6 @@ class ModelView:
         """
         return trials.trying(self, deltas)
 
-    # -- text ------------------------------------------------------------------------------------
-
     @property
     def has_chat(self) -> bool:
         return bool(getattr(self.tokenizer, "chat_template", None))
@@ -193,8 +189,6 @@ class ModelView:
         given = getattr(self.model.generation_config, "eos_token_id", None)
         ids += given if isinstance(given, list) else [given]
         return tuple(dict.fromkeys(i for i in ids if i is not None))
-
-    # -- running ---------------------------------------------------------------------------------
 
     def batch(self, rows: Sequence[Sequence[int]], side: Side | None = None) -> Batch:
         self.limits.check(max(len(row) for row in rows), self.source)
@@ -325,6 +319,8 @@ class ModelView:
         `past` is what was read of a beginning that all rows share.
         Returns the new ids of each row, up to and with the first one that ends an answer.
         """
+        if self._trials:
+            raise OptionError("a trial is for single passes: apply a patch to generate with it")
         self.limits.check(max(len(row) for row in rows) + max_new_tokens, self.source)
         seen = 0 if past is None else past.columns
         head = [row[:seen] for row in rows]
