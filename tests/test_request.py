@@ -127,7 +127,7 @@ def test_a_target_that_is_the_old_answer_is_warned_of(old: str, caplog: pytest.L
     with caplog.at_level(logging.WARNING, logger="knowpatch.request"):
         request = make_request(**FRANCE, old=old)
     assert request.kind == "modify"
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert "'Lyon'" in caplog.text
 
 
