@@ -928,6 +928,10 @@ def test_a_second_edit_of_a_prompt_wins(known):
     assert [model.view.decode(ids).strip() for ids in said] == ["Rome", "Tokyo", "Rome"]
     with model.applied(edit(model, [FRANCE, OTHER], method="grace")):
         assert _said(model, FRANCE.prompt) == "Tokyo"
+    # What a row carries comes behind what is live.
+    for live, carried, said in ((first, second, "Tokyo"), (second, first, "Rome")):
+        with model.applied(live), model.session([carried]):
+            assert _said(model, FRANCE.prompt) == said
 
 
 def test_an_edit_made_where_a_live_wrap_answers_is_the_same_edit(known):
