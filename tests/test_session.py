@@ -616,6 +616,29 @@ def test_a_weight_read_during_another_threads_trial_is_the_models_own(kinds):
         assert torch.equal(found[0].result(30)[0], weight)
 
 
+def test_other_threads_see_a_patch_whole_or_not_at_all(known, monkeypatch):
+    """A pass that another thread asks for while a patch is applied, or dropped, waits for it."""
+    model = known("llama")
+    patch = _patch(model, _at(model, "mlp.out", 1, "dense"), _at(model, "attn.out", 2, "dense"))
+    base = _logits(model)
+    with model.applied(patch):
+        whole = _logits(model)
+    store, asked = EditedModel._store, []
+    with ThreadPoolExecutor(1) as pool:
+
+        def ask_meanwhile(self, name, value):
+            store(self, name, value)
+            asked.append(pool.submit(_logits, model))
+            wait(asked, timeout=0.3)
+
+        monkeypatch.setattr(EditedModel, "_store", ask_meanwhile)
+        model.apply(patch)
+        model.drop(patch.id)
+        seen = [future.result(30) for future in asked]
+    assert len(seen) == 4
+    assert all(_near(logits, base) or _near(logits, whole) for logits in seen)
+
+
 def test_two_threads_hold_the_same_patch_once(kinds, monkeypatch):
     """However late a check ends, a patch that two threads hold is found by its id."""
     model = kinds[0]

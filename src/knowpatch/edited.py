@@ -213,20 +213,22 @@ class EditedModel:
         Raises:
             ForeignModelError: made for another model; PatchError: already live, or does not fit.
         """
-        if patch in self._live:
-            raise PatchError(f"patch {patch.id[:12]} is already applied")
-        check_fits(patch, self.view, self._canonical, tied)
-        if self.view.quantised and patch.deltas:
-            raise PatchError(
-                f"the weights of {self.view.source} are kept in 8 bits and cannot be rewritten: "
-                "carry the patch in a session, or load the model in float32 or bfloat16"
-            )
-        grown = {
-            name: self._fold(self._current(name), [patch], name) for name in self._touched(patch)
-        }
-        for name, wide in grown.items():
-            self._write(name, wide)
-        self._set_live([*self._live, patch])
+        with self.view.lock:  # another thread's pass sees all of it or nothing
+            if patch in self._live:
+                raise PatchError(f"patch {patch.id[:12]} is already applied")
+            check_fits(patch, self.view, self._canonical, tied)
+            if self.view.quantised and patch.deltas:
+                raise PatchError(
+                    f"the weights of {self.view.source} are in 8 bits and cannot be rewritten: "
+                    "carry the patch in a session, or load the model in float32 or bfloat16"
+                )
+            grown = {
+                name: self._fold(self._current(name), [patch], name)
+                for name in self._touched(patch)
+            }
+            for name, wide in grown.items():
+                self._write(name, wide)
+            self._set_live([*self._live, patch])
 
     def _set_live(self, patches: list[Patch]) -> None:
         self._live = patches
@@ -238,16 +240,17 @@ class EditedModel:
         Raises:
             OptionError: no live patch has this id (a unique beginning of it is enough).
         """
-        found = one_of(self._live, patch_id, "live")
-        self._set_live([patch for patch in self._live if patch is not found])
-        for name in self._touched(found):
-            rest = [patch for patch in self._live if name in self._touched(patch)]
-            if rest:
-                self._write(name, self._fold(self._base[name].float(), rest, name))
-            else:
-                self._store(name, self._base[name])
-                del self._base[name]
-                self._wide.pop(name, None)
+        with self.view.lock:
+            found = one_of(self._live, patch_id, "live")
+            self._set_live([patch for patch in self._live if patch is not found])
+            for name in self._touched(found):
+                rest = [patch for patch in self._live if name in self._touched(patch)]
+                if rest:
+                    self._write(name, self._fold(self._base[name].float(), rest, name))
+                else:
+                    self._store(name, self._base[name])
+                    del self._base[name]
+                    self._wide.pop(name, None)
 
     @contextlib.contextmanager
     def applied(self, *patches: Patch) -> Iterator[EditedModel]:

@@ -13,6 +13,7 @@ from knowpatch.edited import EditedModel
 from knowpatch.errors import EditError, OptionError
 from knowpatch.method import METHODS, EditMethod
 from knowpatch.methods import DEFAULT
+from knowpatch.models.beside import session_of
 from knowpatch.models.load import load as load_view
 from knowpatch.models.roles import ROLES
 from knowpatch.models.view import ModelView
@@ -147,7 +148,7 @@ def edit_each(
 
 
 def _prepare(model: EditedModel, requests: Sequence[EditRequest], method: EditMethod) -> Any:
-    if any(model.carried()):
+    if any(session_of(model.model)):
         raise OptionError("an edit is made on a model without a session: leave the session first")
     method.check_requests(requests)
     method.check(model.view)

@@ -64,7 +64,7 @@ class ModelView:
     def __post_init__(self) -> None:
         self.roles: Roles = find_roles(self.model)
         # One pass at a time: hooks sit on modules that all threads share.
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self.form = self.form or str(self.embedding.dtype).removeprefix("torch.")
         self.probed: dict[str, str | None] = {}
         self._joined: dict[Any, list[Joined]] = {}
@@ -101,7 +101,7 @@ class ModelView:
 
     def parameter(self, name: str) -> nn.Parameter:
         """The parameter called `name`, as it stands in the model (and not in a pass's trial)."""
-        with self._lock:
+        with self.lock:
             found: nn.Parameter = self.model.get_parameter(name)
         return found
 
@@ -266,8 +266,7 @@ class ModelView:
             rows: of the batch, where `lasts` does not say.
         """
         repeats(session_of(self.model), rows if lasts is None else len(lasts))
-        beside = self.beside(lasts)
-        with self._lock, self._as_found([*beside.hooks(), *hooks]):
+        with self.lock, self._as_found([*self.beside(lasts).hooks(), *hooks]):
             yield
 
     def beside(self, lasts: Sequence[int] | None, *, model: Any = None) -> Beside:
