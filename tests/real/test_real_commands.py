@@ -129,7 +129,7 @@ def test_the_gguf_is_converted_once_and_exactly(tmp_path, monkeypatch):
     assert all(torch.equal(ours[name], direct[name]) for name in ours)
 
 
-@pytest.mark.parametrize(("name", "pair"), [("session", "score"), ("replay", "one")])
+@pytest.mark.parametrize(("name", "pair"), [("session", "score")])
 def test_a_benchmark_ends_in_one_line_of_json(name, pair):
     """`--quick --json`: both sides ran, and the last line is the pairs."""
     file = README.parent / "benchmarks" / f"{name}.py"
