@@ -90,8 +90,7 @@ class Bench:
             "dtype": str(dtype or torch.float32),
             "threads": torch.get_num_threads(),
         }
-        if not self.quick:
-            ours()  # the probe, and everything that is set up once
+        ours()  # the probe, and everything that is set up once
         pair = measure(
             name,
             ours,
