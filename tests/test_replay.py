@@ -16,9 +16,10 @@ from knowpatch.edited import EditedModel
 from knowpatch.editing import edit
 from knowpatch.errors import RequestError
 from knowpatch.models import replay
+from knowpatch.models.batch import Batch
 from knowpatch.models.fingerprint import tensor_digest
 from knowpatch.models.passes import Row
-from knowpatch.models.past import Past, Piece, shared_beginnings
+from knowpatch.models.past import Past, shared_beginnings
 from knowpatch.models.replay import Replay, Whole, passes, renumbered
 from knowpatch.models.twin import twin
 from knowpatch.parts.spans import continuation, subject_position
@@ -604,7 +605,8 @@ def test_reading_in_two_pieces_equals_reading_whole(view_of, architecture):
     past = Past.nothing(len(rows), view.device)
     past = past.read(view.model, [row[:cut] for row, cut in zip(rows, cuts, strict=True)])
     assert past.columns == max(cuts)
-    piece = Piece.of([row[cut:] for row, cut in zip(rows, cuts, strict=True)], view.device)
+    rests = [row[cut:] for row, cut in zip(rows, cuts, strict=True)]
+    piece = Batch.of(rests, pad=0, side="right", device=view.device)
     with torch.no_grad():
         found = view.model(**past.inputs(piece), use_cache=False).logits
         for row, cut, logits in zip(rows, cuts, found, strict=True):
@@ -625,7 +627,7 @@ def test_a_past_is_picked_and_read_on_from_twice(view_of, architecture):
     for seed in (2, 3):
         rests = [_ids(view, 4, seed + i) for i in numbers]
         with torch.no_grad():
-            piece = Piece.of(rests, view.device)
+            piece = Batch.of(rests, pad=0, side="right", device=view.device)
             found = view.model(**past.inputs(piece), use_cache=False).logits
             for number, rest, logits in zip(numbers, rests, found, strict=True):
                 plain = view.model(torch.tensor([(*heads[number], *rest)])).logits[0, -len(rest) :]

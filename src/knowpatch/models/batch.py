@@ -13,8 +13,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from knowpatch.models.past import Piece
-
 Side = Literal["left", "right"]
 Place = tuple[int, int]
 
@@ -60,6 +58,8 @@ class Batch:
             inputs["position_ids"] = (self.mask_BT.cumsum(-1) - 1).clamp(min=0)
         return inputs
 
-    def piece(self) -> Piece:
-        """These rows as what follows a past."""
-        return Piece(self.ids_BT, self.mask_BT)
+    def pick(self, rows: Sequence[int]) -> Batch:
+        """These of the rows, padded on the right, no wider than they need."""
+        index = torch.tensor(rows, dtype=torch.long, device=self.mask_BT.device)
+        width = int(self.mask_BT[index].sum(1).max())
+        return Batch(self.ids_BT[index, :width], self.mask_BT[index, :width], (0,) * len(rows))

@@ -5,7 +5,8 @@ Axes: B rows, T columns, D width of a module's output.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,6 +20,18 @@ Hook = Callable[[], Any]
 
 class Reached(Exception):
     """Ends a pass once everything asked for has been seen."""
+
+
+@contextlib.contextmanager
+def registered(hooks: Iterable[Hook]) -> Iterator[None]:
+    """`hooks` within the block; whatever ends it, none is left behind."""
+    handles: list[Any] = []
+    try:
+        handles.extend(hook() for hook in hooks)
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def shifting(module: nn.Module, batch: Batch, shift: Shift) -> Hook:

@@ -3,7 +3,7 @@
 What the attention of each block keeps of a token (its key and value) does not depend on what
 follows, so a beginning that several rows share is read once. Padding may stand anywhere between
 the pieces; the mask says where, and positions are counted without it.
-Axes: B rows, P columns read so far, S columns of the next piece.
+Axes: B rows, P columns read so far, T columns of the next piece.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from knowpatch.models.batch import Batch
 
 LARGEST = 256
 """Rows at most that are held to share one beginning: what more would save is nothing."""
@@ -42,13 +44,13 @@ class Past:
             self.cache.batch_select_indices(index)
         return Past(self.cache, self.mask_BP[index])
 
-    def inputs(self, piece: Piece) -> dict[str, Any]:
+    def inputs(self, piece: Batch) -> dict[str, Any]:
         """Keyword arguments for a model that reads `piece` on top of this past."""
         seen_B1 = self.mask_BP.sum(1, keepdim=True)
-        positions = (seen_B1 + piece.mask_BS.cumsum(1) - 1).clamp(min=0)
+        positions = (seen_B1 + piece.mask_BT.cumsum(1) - 1).clamp(min=0)
         inputs = {
-            "input_ids": piece.ids_BS,
-            "attention_mask": torch.cat([self.mask_BP, piece.mask_BS], dim=1),
+            "input_ids": piece.ids_BT,
+            "attention_mask": torch.cat([self.mask_BP, piece.mask_BT], dim=1),
             "position_ids": positions,
         }
         return inputs if self.cache is None else {**inputs, "past_key_values": self.cache}
@@ -60,10 +62,10 @@ class Past:
         """
         if not any(rows):
             return self
-        piece = Piece.of(rows, self.mask_BP.device)
+        piece = Batch.of(rows, pad=0, side="right", device=self.mask_BP.device)
         with torch.no_grad():
             out = forward(**self.inputs(piece), use_cache=True)
-        return Past(out.past_key_values, torch.cat([self.mask_BP, piece.mask_BS], dim=1))
+        return Past(out.past_key_values, torch.cat([self.mask_BP, piece.mask_BT], dim=1))
 
     def freeze(self) -> None:
         """From now on a pass on top of this past leaves it as it is."""
@@ -76,30 +78,6 @@ def _joined(layer: Any) -> Any:
         return torch.cat([layer.keys, keys], dim=-2), torch.cat([layer.values, values], dim=-2)
 
     return update
-
-
-@dataclass(frozen=True)
-class Piece:
-    """The next tokens of each row, padded on the right."""
-
-    ids_BS: Tensor
-    mask_BS: Tensor
-
-    @classmethod
-    def of(cls, rows: Sequence[Sequence[int]], device: torch.device) -> Piece:
-        width = max(len(row) for row in rows)
-        ids = torch.zeros(len(rows), width, dtype=torch.long)
-        mask = torch.zeros(len(rows), width, dtype=torch.long)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
-            mask[i, : len(row)] = 1
-        return cls(ids.to(device), mask.to(device))
-
-    def pick(self, rows: Sequence[int]) -> Piece:
-        """The pieces of `rows`, no wider than they need."""
-        index = torch.tensor(rows, dtype=torch.long, device=self.mask_BS.device)
-        width = int(self.mask_BS[index].sum(1).max())
-        return Piece(self.ids_BS[index, :width], self.mask_BS[index, :width])
 
 
 def read_shared(

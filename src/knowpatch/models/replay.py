@@ -12,16 +12,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from knowpatch.models.batch import Place
-from knowpatch.models.hooks import Hook, Reached, seeing_nothing
+from knowpatch.models.batch import Batch, Place
+from knowpatch.models.hooks import Hook, Reached, choosing, registered, seeing_nothing, shifting
 from knowpatch.models.passes import Row, Shift
-from knowpatch.models.past import Piece, read_shared
+from knowpatch.models.past import read_shared
 from knowpatch.models.twin import twin
 from knowpatch.models.view import ModelView
 
@@ -108,16 +108,16 @@ class Replay:
         self._places = [(row, i - rows[row].position) for row, i in places]
         self._view = view
         before = [row.ids[: row.position] for row in rows]
-        with _hooked(seeing_nothing(self._head), *self._beside(None)):
+        with registered([seeing_nothing(self._head), *self._beside(None)]):
             self._past = read_shared(self._twin, before, view.device)
         self._past.freeze()
         self._lasts = [self._past.columns + row.end - 1 - row.position for row in rows]
         # What stands behind the last wanted place changes nothing there.
         ends = [max((i for r, i in places if r == row), default=0) for row in range(len(rows))]
         wanted = [row.ids[row.position : end + 1] for row, end in zip(rows, ends, strict=True)]
-        self._piece = Piece.of(wanted, view.device)
+        self._piece = Batch.of(wanted, pad=0, side="right", device=view.device)
         self._known = self._skip_below(view, view.roles.block_of(module))
-        self._shifted = self._twin.get_submodule(module)
+        self._module = module
 
     def _skip_below(self, view: ModelView, block: int) -> _Known | None:
         """Run once what is below `block`, and put what it gives in its place."""
@@ -131,7 +131,7 @@ class Replay:
 
         below = self._twin.get_submodule(view.roles.blocks[block - 1].module)
         hooks = [*self._beside(self._lasts), lambda: below.register_forward_hook(keep)]
-        with _hooked(*hooks), torch.no_grad(), contextlib.suppress(Reached):
+        with registered(hooks), torch.no_grad(), contextlib.suppress(Reached):
             self._forward()
         known = _Known(kept[0])
         blocks = self._twin.get_submodule(view.roles.stack)
@@ -147,24 +147,13 @@ class Replay:
         return self._twin(**self._past.inputs(self._piece), use_cache=False)
 
     def logits(self, shift_BD: Tensor) -> Tensor:
-        rows, columns = torch.tensor(self._places, device=shift_BD.device).T
-
-        def add(module: nn.Module, args: Any, output: Any) -> Any:
-            first = output[0] if isinstance(output, tuple) else output
-            by_row = first.reshape(*self._piece.ids_BS.shape, -1)
-            moved = by_row[:, :1] + shift_BD[:, None].to(first.dtype)
-            moved = torch.cat([moved, by_row[:, 1:]], dim=1).reshape(first.shape)
-            return (moved, *output[1:]) if isinstance(output, tuple) else moved
-
-        def pick(module: nn.Module, args: Any) -> Any:
-            return (args[0][rows, columns],)
-
-        hooks: list[Hook] = [
+        shift = Shift(self._module, [(row, 0) for row in range(len(self._lasts))], shift_BD)
+        hooks = [
             *self._beside(self._lasts),
-            lambda: self._shifted.register_forward_hook(add),
-            lambda: self._head.register_forward_pre_hook(pick),
+            shifting(self._twin.get_submodule(self._module), self._piece, shift),
+            choosing(self._head, self._piece, self._places),
         ]
-        with _hooked(*hooks), torch.enable_grad():
+        with registered(hooks), torch.enable_grad():
             logits: Tensor = self._forward().logits
         return logits.float()
 
@@ -174,7 +163,7 @@ class Replay:
         self._past = self._past.pick(rows)
         self._piece = self._piece.pick(rows)
         if self._known is not None:
-            self._known.pick(rows, self._piece.ids_BS.shape[1])
+            self._known.pick(rows, self._piece.ids_BT.shape[1])
 
 
 class _Known(nn.Module):
@@ -192,17 +181,6 @@ class _Known(nn.Module):
             self.output = (self.output[0][list(rows), :columns], *self.output[1:])
         else:
             self.output = self.output[list(rows), :columns]
-
-
-@contextlib.contextmanager
-def _hooked(*hooks: Hook) -> Iterator[None]:
-    handles: list[Any] = []
-    try:
-        handles.extend(hook() for hook in hooks)
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def renumbered(places: Sequence[Place], rows: Sequence[int]) -> list[Place]:

@@ -24,7 +24,15 @@ from knowpatch.models import trials
 from knowpatch.models.batch import Batch, Place, Side
 from knowpatch.models.beside import Beside, repeats, session_of
 from knowpatch.models.fingerprint import Identity
-from knowpatch.models.hooks import Hook, Reached, choosing, seeing_nothing, shifting, tapping
+from knowpatch.models.hooks import (
+    Hook,
+    Reached,
+    choosing,
+    registered,
+    seeing_nothing,
+    shifting,
+    tapping,
+)
 from knowpatch.models.limits import Limits
 from knowpatch.models.passes import Run, Scored, Shift, Tap
 from knowpatch.models.past import Past
@@ -241,7 +249,7 @@ class ModelView:
             if past is not None:
                 longest = int((past.mask_BP.sum(1) + batch.mask_BT.sum(1)).max())
                 self.limits.check(longest, self.source)
-            inputs = batch.inputs() if past is None else past.inputs(batch.piece())
+            inputs = batch.inputs() if past is None else past.inputs(batch)
             logits = self._forward(**inputs, use_cache=False).logits.float()
         return Run(batch, logits, tapped)
 
@@ -280,13 +288,10 @@ class ModelView:
         """Evaluation mode and hooks for the block; everything as it was after it."""
         training = [module for module in self.model.modules() if module.training]
         self.model.eval()
-        handles: list[Any] = []
         try:
-            handles.extend(hook() for hook in hooks)
-            yield
+            with registered(hooks):
+                yield
         finally:
-            for handle in handles:
-                handle.remove()
             for module in training:
                 module.training = True
 
