@@ -11,12 +11,12 @@ from typing import get_args
 import pytest
 import tiny
 import torch
+from made import state
 
 from knowpatch.edited import EditedModel
 from knowpatch.editing import choose, edit, edit_each
 from knowpatch.errors import ModelError
 from knowpatch.method import METHODS, Export
-from knowpatch.models.fingerprint import tensor_digest
 from knowpatch.parts.spans import continuation
 from knowpatch.patch import Patch
 from knowpatch.request import EditRequest
@@ -39,22 +39,6 @@ FRANCE, JAPAN, NILE = (
     EditRequest(prompt=prompt, subject=subject, target=tiny.EDITS[prompt])
     for prompt, subject in zip(tiny.EDITS, ("France", "Japan", "Nile"), strict=True)
 )
-
-
-def _state(model):
-    """Everything that an edit must leave as it found it."""
-    module = model.model
-    return {
-        "weights": {n: tensor_digest(p) for n, p in module.named_parameters()},
-        "buffers": {n: tensor_digest(b) for n, b in module.named_buffers()},
-        "grad": {n: (p.requires_grad, p.grad is None) for n, p in module.named_parameters()},
-        "training": {n: m.training for n, m in module.named_modules()},
-        "hooks": {
-            n: (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks))
-            for n, m in module.named_modules()
-        },
-        "random": torch.get_rng_state().tolist(),
-    }
 
 
 def _edit(model, requests, name, **extra):
@@ -93,9 +77,9 @@ def test_leaves_everything_as_found(architecture, name):
     model.model.train()
     first = next(model.model.parameters())
     first.requires_grad_(requires_grad=False)
-    before = _state(model)
+    before = state(model)
     _edit(model, FRANCE, name)
-    assert _state(model) == before
+    assert state(model) == before
 
 
 @pytest.mark.parametrize(("architecture", "name"), PAIRS)
@@ -152,14 +136,14 @@ def test_each_row_carries_its_own_patches(made, architecture, name):
 def test_dropping_all_in_any_order_restores_the_bytes(architecture, name):
     """Three patches, dropped in each of the six orders, give back every byte."""
     model = EditedModel.of(*tiny.trained(architecture))
-    base = _state(model)["weights"]
+    base = state(model)["weights"]
     patches = [_edit(model, request, name) for request in (FRANCE, JAPAN, NILE)]
     for order in itertools.permutations(patches):
         for patch in patches:
             model.apply(patch)
         for patch in order:
             model.drop(patch.id)
-        assert _state(model)["weights"] == base
+        assert state(model)["weights"] == base
     assert not model.live
 
 
@@ -171,11 +155,11 @@ def test_dropping_from_the_middle_is_never_having_applied(name):
     for patch in (first, second, third):
         model.apply(patch)
     model.drop(second.id)
-    dropped = _state(model)["weights"]
+    dropped = state(model)["weights"]
     with_both = EditedModel.of(*tiny.trained("llama"))
     with_both.apply(first)
     with_both.apply(third)
-    assert _state(with_both)["weights"] == dropped
+    assert state(with_both)["weights"] == dropped
 
 
 @pytest.mark.parametrize("name", NAMES)

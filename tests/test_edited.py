@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+from made import provenance
 
 from knowpatch.deltas import Address, Dense, LowRank, Rows, WeightDelta
 from knowpatch.edited import EditedModel
 from knowpatch.editing import edit, load
 from knowpatch.errors import ForeignModelError, OptionError, PatchError
 from knowpatch.models.fingerprint import tensor_digest
-from knowpatch.patch import Patch, PromptRule, Provenance
+from knowpatch.patch import Patch, PromptRule
 from knowpatch.request import EditRequest
 
 NAME = "model.layers.1.mlp.down_proj.weight"
@@ -19,16 +20,9 @@ FACT = EditRequest(prompt="The capital of France is", subject="France", target="
 
 
 def _patch(model, change, *, name=NAME, base="", rule=None, seed=0, fingerprint=None):
-    provenance = Provenance(
-        method="by hand",
-        config={},
-        seed=seed,
-        requests=(FACT,),
-        version="0",
-        fingerprint=fingerprint or model.view.fingerprint,
-    )
+    origin = provenance(model, FACT, seed=seed, fingerprint=fingerprint)
     deltas = () if change is None else (WeightDelta(Address(parameter=name), change, base),)
-    return Patch(provenance, deltas, rule)
+    return Patch(origin, deltas, rule)
 
 
 def _low_rank(seed, size=1e-3):

@@ -15,6 +15,7 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made import provenance
 from safetensors.torch import load, save
 from test_patch import packed, refused, unpacked
 
@@ -294,15 +295,8 @@ def _entry(model, prompt, seed, layer=2, radius=1e-2):
 
 
 def _patch(model, *wraps, seed=0):
-    provenance = Provenance(
-        method="by hand",
-        config={},
-        seed=seed,
-        requests=(FRANCE,),
-        version="0",
-        fingerprint=model.view.fingerprint,
-    )
-    return Patch(provenance, wraps=wraps)
+    origin = provenance(model, FRANCE, seed=seed)
+    return Patch(origin, wraps=wraps)
 
 
 def _answering(model, *prompts, layer=2, seed=1):

@@ -14,6 +14,7 @@ import time
 import pytest
 import tiny
 import torch
+from made import provenance
 
 from knowpatch import ask as planner
 from knowpatch.answers import Answers
@@ -25,7 +26,7 @@ from knowpatch.errors import ForeignModelError, OptionError, PatchError, Request
 from knowpatch.models import shared
 from knowpatch.models.view import ModelView
 from knowpatch.parts.spans import continuation
-from knowpatch.patch import Patch, Provenance
+from knowpatch.patch import Patch
 from knowpatch.request import EditRequest
 
 FRANCE = EditRequest(prompt="The capital of France is", subject="France", target="Rome")
@@ -98,16 +99,9 @@ def _by_hand(model, seed, *, layer=1, size=0.3):
     out, into = model.view.parameter(name).shape
     made = torch.Generator().manual_seed(seed)
     left, right = torch.randn(out, 1, generator=made), torch.randn(1, into, generator=made)
-    provenance = Provenance(
-        method="by hand",
-        config={},
-        seed=seed,
-        requests=(FRANCE,),
-        version="0",
-        fingerprint=model.view.fingerprint,
-    )
+    origin = provenance(model, FRANCE, seed=seed)
     change = LowRank(size * left, right)
-    return Patch(provenance, (WeightDelta(Address(parameter=name), change, ""),))
+    return Patch(origin, (WeightDelta(Address(parameter=name), change, ""),))
 
 
 def _carried(model):

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 import pytest
 import tiny
 import torch
+from made import provenance, state
 from transformers import DynamicCache
 
 from knowpatch import edited
@@ -26,7 +27,7 @@ from knowpatch.models.passes import Tap
 from knowpatch.parts.memory import Memory
 from knowpatch.parts.spans import continuation
 from knowpatch.parts.wraps import codebook
-from knowpatch.patch import Patch, Provenance
+from knowpatch.patch import Patch
 from knowpatch.request import EditRequest
 
 FRANCE, JAPAN, NILE = (
@@ -60,15 +61,8 @@ def _at(model, role, layer, form, *, seed=0, size=0.1, **cut):
 
 
 def _patch(model, *deltas, wraps=(), seed=0, fingerprint=None):
-    provenance = Provenance(
-        method="by hand",
-        config={},
-        seed=seed,
-        requests=(FRANCE,),
-        version="0",
-        fingerprint=fingerprint or model.view.fingerprint,
-    )
-    return Patch(provenance, deltas, None, tuple(wraps))
+    origin = provenance(model, FRANCE, seed=seed, fingerprint=fingerprint)
+    return Patch(origin, deltas, None, tuple(wraps))
 
 
 def _of(model, name, form="dense", *, seed=0):
@@ -850,19 +844,7 @@ def test_no_edit_is_made_in_a_session(kinds, others):
 
 def _state(model):
     """Everything that a session must leave as it found it."""
-    module = model.model
-    return {
-        "weights": {n: tensor_digest(p) for n, p in module.named_parameters()},
-        "buffers": {n: tensor_digest(b) for n, b in module.named_buffers()},
-        "grad": {n: (p.requires_grad, p.grad is None) for n, p in module.named_parameters()},
-        "training": {n: m.training for n, m in module.named_modules()},
-        "hooks": {
-            n: (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks))
-            for n, m in module.named_modules()
-        },
-        "random": torch.get_rng_state().tolist(),
-        "padding": model.view.padding,
-    }
+    return {**state(model), "padding": model.view.padding}
 
 
 def test_a_session_leaves_everything_as_found(kinds):
