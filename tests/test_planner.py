@@ -335,7 +335,9 @@ def test_duplicates_run_once_for_each_patch(known, monkeypatch):
     monkeypatch.setattr(
         ModelView,
         "score",
-        lambda self, pairs, **given: rows.append(len(pairs)) or plain(self, pairs, **given),
+        lambda self, pairs, *more, **given: (
+            rows.append(len(pairs)) or plain(self, pairs, *more, **given)
+        ),
     )
     one, two = _by_hand(model, 1), _by_hand(model, 2)
     again = Patch(one.provenance, one.deltas)

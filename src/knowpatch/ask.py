@@ -18,8 +18,9 @@ from knowpatch.answers import Answers, key_of
 from knowpatch.errors import RequestError
 from knowpatch.held import Carried
 from knowpatch.models import shared, trials
-from knowpatch.models.passes import Scored
-from knowpatch.models.view import ModelView
+from knowpatch.models.passes import Distributions, Ids, Scored
+from knowpatch.models.sampling import Sampled
+from knowpatch.models.view import ModelView, S
 from knowpatch.parts.spans import Encoded, continuation
 from knowpatch.patch import Patch
 from knowpatch.progress import Progress, silent
@@ -77,25 +78,23 @@ class Future(Generic[T]):
         self._found = [value]
 
 
-Ids = tuple[int, ...]
-
-
 @dataclass(frozen=True)
 class _Score:
-    """Force `answer` behind `prompt`, with `patches` beside."""
+    """Force `answer` behind `prompt`, with `patches` beside; `give` says what is wanted of it."""
 
     prompt: Ids
     answer: Ids
     patches: tuple[Patch, ...]
+    give: type[Scored]
 
     @property
     def length(self) -> int:
         return len(self.prompt) + len(self.answer)
 
     @property
-    def kind(self) -> tuple[str, int]:
+    def kind(self) -> tuple[Any, ...]:
         """Questions of one kind can run together."""
-        return "score", 0
+        return "score", self.give.__name__
 
     @property
     def key(self) -> str:
@@ -107,26 +106,29 @@ class _Score:
 
 @dataclass(frozen=True)
 class _Text:
-    """Continue `prompt` by up to `tokens`, with `patches` beside."""
+    """Continue `prompt`, with `patches` beside; see Ask.generate."""
 
     prompt: Ids
     tokens: int
     patches: tuple[Patch, ...]
+    whole: bool
+    top_k: int
+    draw: int
 
     @property
     def length(self) -> int:
         return len(self.prompt) + self.tokens
 
     @property
-    def kind(self) -> tuple[str, int]:
-        return "generate", self.tokens
+    def kind(self) -> tuple[Any, ...]:
+        return "generate", self.tokens, self.whole, self.top_k
 
     @property
     def key(self) -> str:
-        return key_of([*self.kind, self.prompt])
+        return key_of([*self.kind, self.draw, self.prompt])
 
     def __lt__(self, other: _Text) -> bool:
-        return self.prompt < other.prompt
+        return (self.prompt, self.draw) < (other.prompt, other.draw)
 
 
 _Question = _Score | _Text
@@ -140,15 +142,20 @@ class Ask:
         self.progress = progress
         self._waiting: dict[_Question, Future[Any]] = {}
 
-    def score(
+    def score(self, prompt: str, answer: str | Sequence[int], **how: Any) -> Future[Scored]:
+        """Force `answer` (a text, or ids) behind `prompt`; keyword arguments as in `forced`."""
+        return self.forced(prompt, answer, Scored, **how)
+
+    def forced(
         self,
         prompt: str,
         answer: str | Sequence[int],
+        give: type[S],
         *,
         chat: bool = False,
         patches: Sequence[Patch] | None = None,
-    ) -> Future[Scored]:
-        """Force `answer` (a text, or ids) behind `prompt`.
+    ) -> Future[S]:
+        """Force `answer` behind `prompt`, and keep of it what `give` says.
 
         `patches` are carried beside the model; by default those of this context's session. Patches
         that are live act if they are when the question is run: read results within `applied`.
@@ -156,13 +163,12 @@ class Ask:
         Raises:
             RequestError: an empty prompt, which nothing can follow.
         """
-        carried = self.model.carried() if patches is None else self.model.carry(patches)
-        encoded = self._encode(prompt, carried, chat=chat)
+        encoded, carried = self._encode(prompt, patches, chat=chat)
         if isinstance(answer, str):
             ids = continuation(self.model.view.tokenizer, encoded, answer)
         else:
             ids = tuple(answer)
-        return self._waiting.setdefault(_Score(encoded.ids, ids, carried), Future(self.run))
+        return self._waiting.setdefault(_Score(encoded.ids, ids, carried, give), Future(self.run))
 
     def generate(
         self,
@@ -171,18 +177,33 @@ class Ask:
         max_new_tokens: int,
         chat: bool = False,
         patches: Sequence[Patch] | None = None,
+        whole: bool = False,
+        top_k: int | None = None,
+        draw: int = 0,
     ) -> Future[Generated]:
-        """Let the model answer `prompt` greedily; `patches` as in `score`."""
-        carried = self.model.carried() if patches is None else self.model.carry(patches)
-        encoded = self._encode(prompt, carried, chat=chat)
-        question = _Text(encoded.ids, max_new_tokens, carried)
+        """Let the model answer `prompt`; `patches` as in `forced`.
+
+        Args:
+            prompt: the question.
+            max_new_tokens: length of the answer, if it does not end itself before.
+            chat: whether it is asked through the chat template.
+            patches: carried beside the model.
+            whole: ignore endings, so that the answer has just that length.
+            top_k: sample from so many likeliest tokens instead of taking the likeliest.
+            draw: seed of the sampling.
+        """
+        encoded, carried = self._encode(prompt, patches, chat=chat)
+        question = _Text(encoded.ids, max_new_tokens, carried, whole, top_k or 0, draw)
         return self._waiting.setdefault(question, Future(self.run))
 
-    def _encode(self, prompt: str, carried: tuple[Patch, ...], *, chat: bool) -> Encoded:
+    def _encode(
+        self, prompt: str, patches: Sequence[Patch] | None, *, chat: bool
+    ) -> tuple[Encoded, tuple[Patch, ...]]:
+        carried = self.model.carried() if patches is None else self.model.carry(patches)
         encoded = self.model.encode(prompt, chat=chat, patches=carried)
         if not encoded.ids:
             raise RequestError("an empty prompt was given; give a question, or the start of a text")
-        return encoded
+        return encoded, carried
 
     def run(self) -> None:
         """Answer everything asked so far."""
@@ -200,19 +221,28 @@ class Ask:
             self.progress("asking", done, len(waiting))
             for question, answer in zip(batch, self._answer(batch), strict=True):
                 waiting[question].set(answer)
-            self._remember({question: waiting[question].result() for question in batch})
             done += len(batch)
+        # At the end, all or nothing: what was kept of a broken run would change the batches, and
+        # by them the last digits, of the run that takes it up.
+        self._remember({question: waiting[question].result() for question in open_})
         if waiting:
             self.progress("asking", len(waiting), len(waiting))
 
     def _answer(self, batch: Sequence[_Question]) -> Sequence[Scored | Generated]:
         """Answer questions of one kind."""
-        view, rows = self.model.view, tuple(question.patches for question in batch)
-        pairs = [(q.prompt, q.answer) for q in batch if isinstance(q, _Score)]
-        if pairs:
-            return shared.score(view, pairs, rows)
-        prompts, (_, tokens) = [question.prompt for question in batch], batch[0].kind
-        said = shared.generate(view, prompts, rows, max_new_tokens=tokens)
+        view, rows, first = self.model.view, tuple(q.patches for q in batch), batch[0]
+        if isinstance(first, _Score):
+            pairs = [(q.prompt, q.answer) for q in batch if isinstance(q, _Score)]
+            return shared.score(view, pairs, rows, first.give)
+        draws = tuple(q.draw for q in batch if isinstance(q, _Text))
+        said = shared.generate(
+            view,
+            [q.prompt for q in batch],
+            rows,
+            max_new_tokens=first.tokens,
+            sampled=Sampled(first.top_k, draws) if first.top_k else None,
+            whole=first.whole,
+        )
         return [Generated(ids, view.decode(ids)) for ids in said]
 
     def _batches(self, questions: Sequence[_Question]) -> Iterator[list[_Question]]:
@@ -254,16 +284,25 @@ class Ask:
         store = self._kept()
         if store is None:
             return
-        keys = {question.key: question for question in waiting if not question.patches}
+        keys = {question.key: question for question in waiting if _keeps(question)}
         for key, found in store.get(list(keys)).items():
             question = keys[key]
-            plain = [tuple(part) if isinstance(part, list) else part for part in found]
-            answer: type[Any] = Scored if isinstance(question, _Score) else Generated
-            waiting[question].set(answer(*plain))
+            answer: type[Any] = question.give if isinstance(question, _Score) else Generated
+            waiting[question].set(answer(*map(_tuples, found)))
 
     def _remember(self, answers: Mapping[_Question, Scored | Generated]) -> None:
         store = self._kept()
         if store is not None:
-            plain = {q.key: list(vars(a).values()) for q, a in answers.items() if not q.patches}
+            plain = {q.key: list(vars(a).values()) for q, a in answers.items() if _keeps(q)}
             if plain:
                 store.put(plain)
+
+
+def _keeps(question: _Question) -> bool:
+    """Whether its answer is worth keeping: of an unedited model, and not a whole vocabulary."""
+    return not question.patches and getattr(question, "give", None) is not Distributions
+
+
+def _tuples(value: Any) -> Any:
+    """Lists as tuples, all the way down."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from knowpatch.ask import Ask, Future, Generated
+from knowpatch.data.case import REWRITE, Probe
 from knowpatch.edited import EditedModel
 from knowpatch.models.passes import Scored
 from knowpatch.patch import Patch
-from knowpatch.probes import OUGHT_TO_STAY, REWRITE, Probe
+from knowpatch.probes import OUGHT_TO_STAY
 from knowpatch.progress import Progress, silent
 from knowpatch.request import EditRequest
 

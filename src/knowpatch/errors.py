@@ -3,6 +3,7 @@
     KnowpatchError
     |- InputError             what a person gave cannot be used
     |  |- RequestError        an edit request, or a line of a request file
+    |  |- DataError           a dataset, or a file of results
     |  |- OptionError         an unknown name, or a value that is not allowed
     |  |- ModelError          a model that cannot be found, read or edited this way
     |  `- PatchError          a patch file that is damaged, or of an unknown kind
@@ -41,6 +42,10 @@ class InputError(KnowpatchError):
 
 class RequestError(InputError):
     """An edit request, or a line of a request file, that cannot be used."""
+
+
+class DataError(InputError):
+    """A dataset, a record of it, or a file of results, that cannot be used."""
 
 
 class OptionError(InputError):

@@ -7,19 +7,18 @@ asked otherwise, the same prompt about other subjects, and a fixed set of contro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
 import torch
 
+from knowpatch.data.case import NEIGHBOUR, REPHRASE, REWRITE, Probe, accepted
 from knowpatch.models.passes import Tap
 from knowpatch.models.view import ModelView
 from knowpatch.parts.spans import subject_span
 from knowpatch.request import EditRequest
 
-REWRITE, REPHRASE = "rewrite", "rephrase"
-SUBJECT, NEIGHBOUR, CONTROL = "locality.subject", "locality.neighbour", "locality.control"
+SUBJECT, CONTROL = "locality.subject", "locality.control"
 OUGHT_TO_STAY = (SUBJECT, NEIGHBOUR, CONTROL)
 
 NEIGHBOURS = 8
@@ -31,25 +30,6 @@ ABOUT = (
     "Many people talk about {} because",
     "The name {} comes from",
 )
-
-
-@dataclass(frozen=True)
-class Probe:
-    """One question.
-
-    Attributes:
-        kind: rewrite (the edited prompt), rephrase, or locality.subject, .neighbour, .control.
-        prompt: the question.
-        expected: the answer that is wanted; None where the answer should stay as it is.
-        chat: whether it is asked through the chat template.
-        request: number of the request it belongs to; None for controls.
-    """
-
-    kind: str
-    prompt: str
-    expected: str | None = None
-    chat: bool = False
-    request: int | None = None
 
 
 @cache
@@ -85,14 +65,15 @@ def derive(
     probes: list[Probe] = []
     for number, (request, answer) in enumerate(zip(requests, expected, strict=True)):
         wanted = answer if answer is not None else request.old
+        answers = () if wanted is None else accepted(wanted)
         for kind, prompt in _worded(request):
-            probes += [Probe(kind, prompt, wanted, way, number) for way in ways]
+            probes += [Probe(kind, prompt, answers, way, number) for way in ways]
         if request.subject is not None:
-            probes += [Probe(SUBJECT, p, None, chat, number) for p in _same_subject(request)]
+            probes += [Probe(SUBJECT, p, (), chat, number) for p in _same_subject(request)]
             near = _neighbours(view, request)
-            probes += [Probe(NEIGHBOUR, p, None, chat, number) for p in near]
+            probes += [Probe(NEIGHBOUR, p, (), chat, number) for p in near]
     edited = {request.prompt.strip() for request in requests}
-    probes += [Probe(CONTROL, p, None, chat) for p in controls() if p not in edited]
+    probes += [Probe(CONTROL, p, (), chat) for p in controls() if p not in edited]
     return probes
 
 

@@ -10,11 +10,11 @@ import os
 
 import pytest
 
+from knowpatch.data.case import REWRITE, Probe, accepted
 from knowpatch.editing import choose, edit
 from knowpatch.effects import measure, took
 from knowpatch.models.fingerprint import tensor_digest
 from knowpatch.parts.spans import continuation
-from knowpatch.probes import REWRITE, Probe
 from knowpatch.request import EditRequest
 
 FILE = "wiki_counterfact/test_cf.json"
@@ -92,7 +92,7 @@ def test_a_batch_takes(model, name):
     method = choose(name)
     patch = edit(model, requests, method=method)
     probes = [
-        Probe(REWRITE, request.prompt, request.target, request=number)
+        Probe(REWRITE, request.prompt, accepted(request.target), request=number)
         for number, request in enumerate(requests)
     ]
     effects = measure(model, patch, probes)

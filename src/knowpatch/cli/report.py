@@ -9,8 +9,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from knowpatch.cli.screen import one_line
+from knowpatch.data.case import NEIGHBOUR, REWRITE
 from knowpatch.effects import Effect, moved_by_kind
-from knowpatch.probes import CONTROL, NEIGHBOUR, OUGHT_TO_STAY, REWRITE, SUBJECT
+from knowpatch.probes import CONTROL, OUGHT_TO_STAY, SUBJECT
 
 MOST_FIXES, MOST_MOVED = 12, 8
 NAMES = {

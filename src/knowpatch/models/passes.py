@@ -8,12 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 
 from knowpatch.models.batch import Batch, Place
+
+Ids = tuple[int, ...]
+TOP = 64
+"""Tokens that a Spread keeps at each place."""
 
 
 @dataclass(frozen=True)
@@ -72,19 +76,24 @@ class Scored:
     logprobs: tuple[float, ...]
 
     @classmethod
-    def of(cls, logits_MV: Tensor, answers: Sequence[Sequence[int]]) -> list[Scored]:
+    def of(cls, logits_MV: Tensor, answers: Sequence[Ids]) -> list[Self]:
         """Answers from the logits at the places where their tokens are predicted, in order."""
-        flat = torch.tensor([i for answer in answers for i in answer], device=logits_MV.device)
-        logprobs = logits_MV.log_softmax(-1).gather(1, flat[:, None])[:, 0].tolist()
-        correct = (logits_MV.argmax(-1) == flat).tolist()
-        scored, start = [], 0
+        logprobs_MV, led = logits_MV.log_softmax(-1), logits_MV.argmax(-1).tolist()
+        found, start = [], 0
         for answer in answers:
             stop = start + len(answer)
-            scored.append(
-                cls(tuple(answer), tuple(correct[start:stop]), tuple(logprobs[start:stop]))
-            )
+            flat = torch.tensor(answer, device=logits_MV.device)
+            rows = logprobs_MV[start:stop]
+            forced = rows.gather(1, flat[:, None])[:, 0].tolist()
+            correct = tuple(a == b for a, b in zip(answer, led[start:stop], strict=True))
+            found.append(cls(tuple(answer), correct, tuple(forced), *cls._more(rows)))
             start = stop
-        return scored
+        return found
+
+    @classmethod
+    def _more(cls, logprobs_NV: Tensor) -> tuple[Any, ...]:
+        """What a subclass keeps besides, from the log-probabilities at one answer's places."""
+        return ()
 
     @property
     def accuracy(self) -> float:
@@ -95,3 +104,58 @@ class Scored:
     def probability(self) -> float:
         """Probability of the whole answer."""
         return math.exp(sum(self.logprobs))
+
+    @property
+    def mean_logprob(self) -> float:
+        """Log-probability per token."""
+        return sum(self.logprobs) / len(self.logprobs)
+
+
+@dataclass(frozen=True)
+class Spread(Scored):
+    """A forced answer with the TOP likeliest tokens at each of its places, likeliest first."""
+
+    top_ids: tuple[tuple[int, ...], ...]
+    top_logprobs: tuple[tuple[float, ...], ...]
+
+    @classmethod
+    def _more(cls, logprobs_NV: Tensor) -> tuple[Any, ...]:
+        values, ids = logprobs_NV.topk(min(TOP, logprobs_NV.shape[1]), dim=-1)
+        return tuple(map(tuple, ids.tolist())), tuple(map(tuple, values.tolist()))
+
+    @property
+    def leading(self) -> tuple[int, ...]:
+        """The likeliest token at each place."""
+        return tuple(ids[0] for ids in self.top_ids)
+
+
+@dataclass(frozen=True, eq=False)
+class Distributions(Scored):
+    """A forced answer with the log-probabilities of the whole vocabulary at its N places."""
+
+    logprobs_NV: Tensor
+
+    @classmethod
+    def _more(cls, logprobs_NV: Tensor) -> tuple[Any, ...]:
+        return (logprobs_NV.cpu().clone(),)
+
+    @property
+    def leading(self) -> tuple[int, ...]:
+        """The likeliest token at each place."""
+        found: list[int] = self.logprobs_NV.argmax(-1).tolist()
+        return tuple(found)
+
+    def divergence(self, base: Spread) -> tuple[float, ...]:
+        """KL(base || self) at each place, in nats, over the base's likeliest tokens and the rest.
+
+        All other tokens are taken as one, so it is a lower bound of the whole divergence, and
+        equal to it where the rest is negligible.
+        """
+        ids = torch.tensor(base.top_ids)
+        p_NK = torch.tensor(base.top_logprobs, dtype=torch.float64).exp()
+        q_NK = self.logprobs_NV.gather(1, ids).double().exp()
+        tiny = torch.finfo(torch.float64).tiny
+        p_N1, q_N1 = (1 - p_NK.sum(1, True)).clamp(min=0), (1 - q_NK.sum(1, True)).clamp(min=tiny)
+        p, q = torch.cat([p_NK, p_N1], 1), torch.cat([q_NK.clamp(min=tiny), q_N1], 1)
+        found: list[float] = torch.special.xlogy(p, p / q).sum(1).clamp(min=0).tolist()
+        return tuple(found)

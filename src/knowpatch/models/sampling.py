@@ -1,24 +1,33 @@
-"""How a model is let go on: greedily, or by sampling with randomness of its own."""
+"""How a model is let go on: greedily, or by sampling with randomness of each row's own."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from transformers import GenerationConfig
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 
-def generation_config(
-    max_new_tokens: int, top_k: int | None, pad: int, stops: Sequence[int]
-) -> GenerationConfig:
-    """Greedy, or from the `top_k` most likely; nothing from the model's own defaults."""
+@dataclass(frozen=True)
+class Sampled:
+    """Sample from the `top_k` likeliest tokens; row i with seeds[i], whoever its neighbours are."""
+
+    top_k: int
+    seeds: tuple[int, ...]
+
+    @classmethod
+    def rows(cls, top_k: int, count: int, *, seed: int) -> Sampled:
+        """For `count` rows, all from one seed."""
+        return cls(top_k, tuple(seed * 1_000_003 + i for i in range(count)))
+
+
+def greedily(max_new_tokens: int, pad: int, stops: Sequence[int]) -> GenerationConfig:
+    """Take the likeliest token each time; nothing from the model's own defaults."""
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
-        do_sample=top_k is not None,
-        top_k=top_k or 50,
-        top_p=1.0,
-        temperature=1.0,
+        do_sample=False,
         repetition_penalty=1.0,
         num_beams=1,
         pad_token_id=pad,
@@ -26,8 +35,23 @@ def generation_config(
     )
 
 
-def own_randomness(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """The generators of the processor and of `device`, as found after the block."""
-    if device.index is None:
-        return torch.random.fork_rng(devices=[])
-    return torch.random.fork_rng(devices=[device.index], device_type=device.type)
+def processors(sampled: Sampled | None) -> LogitsProcessorList | None:
+    """What turns the greedy choice into the sampled one."""
+    return None if sampled is None else LogitsProcessorList([_Choice(sampled)])
+
+
+class _Choice(LogitsProcessor):
+    """The largest of logits with Gumbel noise is a sample of their softmax (Gumbel, 1954)."""
+
+    def __init__(self, sampled: Sampled) -> None:
+        self.top_k = sampled.top_k
+        self.generators = [torch.Generator().manual_seed(seed) for seed in sampled.seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        values_BK, ids_BK = scores.float().topk(min(self.top_k, scores.shape[-1]), dim=-1)
+        count = values_BK.shape[1]
+        uniform_BK = torch.stack([torch.rand(count, generator=g) for g in self.generators])
+        noise_BK = -(-uniform_BK.log()).log()
+        chosen_B1 = (values_BK + noise_BK.to(values_BK)).argmax(-1, keepdim=True)
+        kept = torch.full_like(scores, float("-inf"))
+        return kept.scatter_(1, ids_BK.gather(1, chosen_B1), 0.0)

@@ -13,13 +13,13 @@ from collections.abc import Sequence
 import torch
 
 from knowpatch.models.beside import Rows, session
-from knowpatch.models.passes import Scored
+from knowpatch.models.passes import Ids, Scored
 from knowpatch.models.past import Past, shared_beginnings
-from knowpatch.models.view import ModelView
+from knowpatch.models.sampling import Sampled
+from knowpatch.models.view import ModelView, S
 
 log = logging.getLogger(__name__)
 
-Ids = tuple[int, ...]
 WORTH = 48
 """Tokens that must be saved for one pass more."""
 TOLERANCE = 1e-2
@@ -50,23 +50,32 @@ def heads(view: ModelView, prompts: Sequence[Ids], rows: Rows, longest: int) -> 
     return found if any(found) and holds(view) else [()] * len(prompts)
 
 
-def score(view: ModelView, pairs: Sequence[tuple[Ids, Ids]], rows: Rows) -> list[Scored]:
+def score(
+    view: ModelView,
+    pairs: Sequence[tuple[Ids, Ids]],
+    rows: Rows,
+    give: type[S] = Scored,  # type: ignore[assignment]
+) -> list[S]:
     """Force each answer behind its prompt, in one batch; row i carries rows[i]."""
     longest = max(len(prompt) + len(answer) for prompt, answer in pairs)
     begun = heads(view, [prompt for prompt, _ in pairs], rows, longest)
     if not any(begun):
         with session(view.model, rows):
-            return view.score(pairs)
-    return _score_on(view, pairs, rows, begun)
+            return view.score(pairs, give)
+    return _score_on(view, pairs, rows, begun, give)
 
 
 def _score_on(
-    view: ModelView, pairs: Sequence[tuple[Ids, Ids]], rows: Rows, begun: Sequence[Ids]
-) -> list[Scored]:
+    view: ModelView,
+    pairs: Sequence[tuple[Ids, Ids]],
+    rows: Rows,
+    begun: Sequence[Ids],
+    give: type[S],
+) -> list[S]:
     past = read(view, begun, rows)
     rest = [(prompt[len(head) :], a) for (prompt, a), head in zip(pairs, begun, strict=True)]
     with session(view.model, rows):
-        return view.score(rest, past=past)
+        return view.score(rest, give, past=past)
 
 
 def read(view: ModelView, begun: Sequence[Ids], rows: Rows) -> Past:
@@ -79,9 +88,18 @@ def read(view: ModelView, begun: Sequence[Ids], rows: Rows) -> Past:
 
 
 def generate(
-    view: ModelView, prompts: Sequence[Ids], rows: Rows, *, max_new_tokens: int
+    view: ModelView,
+    prompts: Sequence[Ids],
+    rows: Rows,
+    *,
+    max_new_tokens: int,
+    sampled: Sampled | None = None,
+    whole: bool = False,
 ) -> list[Ids]:
-    """Continue each prompt greedily, a batch for each beginning; row i carries rows[i]."""
+    """Continue each prompt, a batch for each beginning; row i carries rows[i].
+
+    With `sampled` and `whole` as `ModelView.generate` takes them.
+    """
     longest = max(map(len, prompts)) + max_new_tokens
     begun = heads(view, prompts, rows, longest)
     found: dict[int, Ids] = {}
@@ -90,9 +108,14 @@ def generate(
         numbers = [i for i, other in enumerate(begun) if other == head]
         mine = tuple(rows[i] for i in numbers)
         past = read(view, [head] * len(numbers), mine) if head else None
+        drawn = sampled and Sampled(sampled.top_k, tuple(sampled.seeds[i] for i in numbers))
         with session(view.model, mine):
             new = view.generate(
-                [prompts[i] for i in numbers], max_new_tokens=max_new_tokens, past=past
+                [prompts[i] for i in numbers],
+                max_new_tokens=max_new_tokens,
+                sampled=drawn,
+                whole=whole,
+                past=past,
             )
         found.update(zip(numbers, new, strict=True))
     return [found[i] for i in range(len(prompts))]
@@ -110,8 +133,8 @@ def holds(view: ModelView) -> bool:
         fault = None
         try:
             with session(view.model, none):
-                plain = view.score(pairs)
-            fast = _score_on(view, pairs, none, [head, head, ()])
+                plain: list[Scored] = view.score(pairs)
+            fast = _score_on(view, pairs, none, [head, head, ()], Scored)
             gaps = [
                 abs(a - b)
                 for one, other in zip(plain, fast, strict=True)

@@ -11,7 +11,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jinja2 import TemplateError
@@ -34,15 +34,17 @@ from knowpatch.models.hooks import (
     tapping,
 )
 from knowpatch.models.limits import Limits
-from knowpatch.models.passes import Run, Scored, Shift, Tap
+from knowpatch.models.passes import Ids, Run, Scored, Shift, Tap
 from knowpatch.models.past import Past
 from knowpatch.models.quant import EIGHT, plain
 from knowpatch.models.roles import LinearRole, Roles, find_roles
-from knowpatch.models.sampling import generation_config, own_randomness
+from knowpatch.models.sampling import Sampled, greedily, processors
 from knowpatch.parts.prompts import encode_prompt
 from knowpatch.parts.spans import Encoded
 from knowpatch.parts.wraps import Joined
 from knowpatch.patch import Patch
+
+S = TypeVar("S", bound=Scored)
 
 
 @dataclass
@@ -76,11 +78,6 @@ class ModelView:
         self.form = self.form or str(self.embedding.dtype).removeprefix("torch.")
         self.probed: dict[str, str | None] = {}
         self._joined: dict[Any, list[Joined]] = {}
-
-    @property
-    def _trials(self) -> list[WeightDelta]:
-        """What is tried in this context, oldest first."""
-        return trials.of(self)
 
     @property
     def embedding(self) -> nn.Parameter:
@@ -132,7 +129,7 @@ class ModelView:
     def _tried(self, name: str) -> Tensor:
         stored = self.values(name)
         whole = stored
-        for delta in self._trials:
+        for delta in trials.of(self):
             if delta.address.parameter == name:
                 whole = delta.added_to(whole)
         return whole.to(stored.dtype)
@@ -142,7 +139,7 @@ class ModelView:
 
         A quantised model computes in the dtype that it was loaded for.
         """
-        names = {delta.address.parameter for delta in self._trials}
+        names = {delta.address.parameter for delta in trials.of(self)}
         tried = {id(self.parameter(name)): self._tried(name) for name in names}
 
         def weight(parameter: nn.Parameter) -> Tensor:
@@ -254,7 +251,7 @@ class ModelView:
         return Run(batch, logits, tapped)
 
     def _forward(self, **inputs: Any) -> Any:
-        names = {delta.address.parameter for delta in self._trials}
+        names = {delta.address.parameter for delta in trials.of(self)}
         if not names:
             return self.model(**inputs)
         return functional_call(self.model, {name: self._tried(name) for name in names}, (), inputs)
@@ -296,8 +293,12 @@ class ModelView:
                 module.training = True
 
     def score(
-        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, past: Past | None = None
-    ) -> list[Scored]:
+        self,
+        pairs: Sequence[tuple[Ids, Ids]],
+        give: type[S] = Scored,  # type: ignore[assignment]
+        *,
+        past: Past | None = None,
+    ) -> list[S]:
         """Force each answer behind its prompt (and behind `past`), in one batch; both as ids."""
         rows = [[*prompt, *answer[:-1]] for prompt, answer in pairs]
         places = [
@@ -307,23 +308,24 @@ class ModelView:
         ]
         prompts = [len(prompt) for prompt, _ in pairs]
         logits_MV = self.run(rows, logits_at=places, prompts=prompts, past=past).logits_MV
-        return Scored.of(logits_MV, [answer for _, answer in pairs])
+        return give.of(logits_MV, [answer for _, answer in pairs])
 
     def generate(
         self,
         rows: Sequence[Sequence[int]],
         *,
         max_new_tokens: int,
-        top_k: int | None = None,
-        seed: int = 0,
+        sampled: Sampled | None = None,
+        whole: bool = False,
         past: Past | None = None,
-    ) -> list[tuple[int, ...]]:
-        """Continue each row, greedily or by sampling from the `top_k` most likely with `seed`.
+    ) -> list[Ids]:
+        """Continue each row, greedily or as `sampled` says.
 
         `past` is what was read of a beginning that all rows share.
-        Returns the new ids of each row, up to and with the first one that ends an answer.
+        Returns the new ids of each row, up to and with the first one that ends an answer; with
+        `whole`, all that were asked for, endings being ignored.
         """
-        if self._trials:
+        if trials.of(self):
             raise OptionError("a trial is for single passes: apply a patch to generate with it")
         self.limits.check(max(len(row) for row in rows) + max_new_tokens, self.source)
         seen = 0 if past is None else past.columns
@@ -331,19 +333,17 @@ class ModelView:
         batch = self.batch([row[seen:] for row in rows], side="left")
         ids_BT = torch.cat([torch.tensor(head, dtype=torch.long).to(batch.ids_BT), batch.ids_BT], 1)
         mask_BT = batch.mask_BT if past is None else torch.cat([past.mask_BP, batch.mask_BT], 1)
-        config = generation_config(
-            max_new_tokens, top_k, self.tokenizer.pad_token_id or 0, self.stop_ids
-        )
-        lasts = [ids_BT.shape[1] - 1] * len(rows)
-        with self.passing(lasts), torch.no_grad(), own_randomness(self.device):
-            torch.manual_seed(seed)
+        stops = () if whole else self.stop_ids
+        with self.passing([ids_BT.shape[1] - 1] * len(rows)), torch.no_grad():
             out = self.model.generate(
                 input_ids=ids_BT,
                 attention_mask=mask_BT,
                 past_key_values=None if past is None else past.cache,
-                generation_config=config,
+                generation_config=greedily(max_new_tokens, self.tokenizer.pad_token_id or 0, stops),
+                logits_processor=processors(sampled),
             )
-        return [self._until_stop(row) for row in out[:, ids_BT.shape[1] :].tolist()]
+        new: list[list[int]] = out[:, ids_BT.shape[1] :].tolist()
+        return [tuple(row) if whole else self._until_stop(row) for row in new]
 
     def _until_stop(self, ids: list[int]) -> tuple[int, ...]:
         ends = [i for i, token in enumerate(ids) if token in self.stop_ids]

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from knowpatch.files import cache_folder, write_atomically
 from knowpatch.models.passes import Tap
+from knowpatch.models.sampling import Sampled
 from knowpatch.models.view import ModelView
 from knowpatch.progress import Progress, silent
 
@@ -69,7 +70,7 @@ def collect(
 
 def kept_at(fingerprint: str, role: str, layer: int, *, tokens: int, seed: int) -> Path:
     """The file that one collection is kept in."""
-    key = json.dumps([1, fingerprint, role, layer, tokens, seed, ROW_TOKENS, text_name()])
+    key = json.dumps([2, fingerprint, role, layer, tokens, seed, ROW_TOKENS, text_name()])
     name = hashlib.sha256(key.encode()).hexdigest()[:32]
     return cache_folder() / "moments" / f"{name}.safetensors"
 
@@ -147,7 +148,8 @@ def _own_text(
     while have < tokens:
         progress("writing text for key statistics", min(have, tokens), tokens)
         prompts = [view.encode(starts[i % len(starts)]).ids for i in range(4 * BATCH_ROWS)]
-        new = view.generate(prompts, max_new_tokens=ROW_TOKENS - 8, top_k=50, seed=seed + step)
+        sampled = Sampled.rows(50, len(prompts), seed=seed + step)
+        new = view.generate(prompts, max_new_tokens=ROW_TOKENS - 8, sampled=sampled)
         rows += [(*prompt, *ids) for prompt, ids in zip(prompts, new, strict=True)]
         have, step = sum(len(row) for row in rows), step + 1
     return rows

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from knowpatch.files import cache_folder, write_atomically
+from knowpatch.models.sampling import Sampled
 from knowpatch.models.view import ModelView
 from knowpatch.progress import Progress, silent
 
@@ -27,7 +28,7 @@ Plan = Sequence[tuple[int, int]]
 
 def kept_at(fingerprint: str, plan: Plan, seed: int) -> Path:
     """The file that the prefixes of one model, plan and seed are kept in."""
-    key = hashlib.sha256(json.dumps([1, fingerprint, list(plan), seed, TOP_K, STARTS]).encode())
+    key = hashlib.sha256(json.dumps([2, fingerprint, list(plan), seed, TOP_K, STARTS]).encode())
     return cache_folder() / "prefixes" / f"{key.hexdigest()[:32]}.json"
 
 
@@ -56,7 +57,8 @@ def context_prefixes(
 def _sample(view: ModelView, count: int, length: int, *, seed: int) -> list[str]:
     rows = [view.encode(STARTS[i % len(STARTS)]).ids for i in range(count)]
     longest = max(len(row) for row in rows)
-    continued = view.generate(rows, max_new_tokens=max(1, length - longest), top_k=TOP_K, seed=seed)
+    sampled = Sampled.rows(TOP_K, count, seed=seed)
+    continued = view.generate(rows, max_new_tokens=max(1, length - longest), sampled=sampled)
     texts = [[*row, *new] for row, new in zip(rows, continued, strict=True)]
     return [f"{_clean(view.decode(ids))}. " for ids in texts]
 

@@ -1,0 +1,1 @@
+"""The benchmark: a plan of cells, run into rows, read into a report."""

@@ -1,0 +1,1 @@
+"""Datasets: where they come from, what they hold, and one file for each in `sets/`."""

@@ -1,0 +1,1 @@
+"""The datasets, one file each. A file's stem is the dataset's name."""
