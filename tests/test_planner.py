@@ -217,7 +217,7 @@ def test_beginnings_of_many_lengths_in_one_batch(known, architecture):
     pairs += [((3, *ids[11][:30]), (4,))]
     with torch.no_grad():
         for (prompt, answer), scored in zip(
-            pairs, shared.score(view, pairs, ((),) * len(pairs)), strict=True
+            pairs, shared.score(view, pairs, ((),) * len(pairs), [()] * len(pairs)), strict=True
         ):
             logits = view.model(torch.tensor([[*prompt, *answer[:-1]]])).logits[0].float()
             plain = logits[len(prompt) - 1 :].log_softmax(-1)[range(len(answer)), answer]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import groupby
 from typing import Any, Generic, Protocol, TypeVar
 
 from knowpatch.answers import Answers, key_of
@@ -132,6 +132,7 @@ class _Text:
 
 
 _Question = _Score | _Text
+_Batch = Sequence[_Question]
 
 
 class Ask:
@@ -217,9 +218,9 @@ class Ask:
         self._recall(waiting)
         open_ = [question for question, future in waiting.items() if not future.done]
         done = len(waiting) - len(open_)
-        for batch in self._batches(open_):
+        for batch, begun in self._batches(open_):
             self.progress("asking", done, len(waiting))
-            for question, answer in zip(batch, self._answer(batch), strict=True):
+            for question, answer in zip(batch, self._answer(batch, begun), strict=True):
                 waiting[question].set(answer)
             done += len(batch)
         # At the end, all or nothing: what was kept of a broken run would change the batches, and
@@ -228,50 +229,66 @@ class Ask:
         if waiting:
             self.progress("asking", len(waiting), len(waiting))
 
-    def _answer(self, batch: Sequence[_Question]) -> Sequence[Scored | Generated]:
-        """Answer questions of one kind."""
+    def _answer(self, batch: _Batch, begun: Sequence[Ids]) -> Sequence[Scored | Generated]:
+        """Answer questions of one kind, each beginning with `begun`."""
         view, rows, first = self.model.view, tuple(q.patches for q in batch), batch[0]
         if isinstance(first, _Score):
             pairs = [(q.prompt, q.answer) for q in batch if isinstance(q, _Score)]
-            return shared.score(view, pairs, rows, first.give)
+            return shared.score(view, pairs, rows, begun, first.give)
         draws = tuple(q.draw for q in batch if isinstance(q, _Text))
         said = shared.generate(
             view,
             [q.prompt for q in batch],
             rows,
+            begun[0],
             max_new_tokens=first.tokens,
             sampled=Sampled(first.top_k, draws) if first.top_k else None,
             whole=first.whole,
         )
         return [Generated(ids, view.decode(ids)) for ids in said]
 
-    def _batches(self, questions: Sequence[_Question]) -> Iterator[list[_Question]]:
-        """Questions of one kind, those that begin alike together, of about one length, and at most
-        BATCH_TOKENS with padding; in an order that does not depend on the order of asking."""
-        ordered: list[tuple[Any, ...]] = []
+    def _batches(self, questions: Sequence[_Question]) -> Iterator[tuple[_Batch, list[Ids]]]:
+        """Questions of one kind and of about one length, with the beginning of each that is read
+        once; at most BATCH_TOKENS with padding, in an order that does not depend on the order of
+        asking."""
+        for _, some in groupby(self._ordered(questions), key=lambda item: item[0]):
+            batch: list[_Question] = []
+            begun: list[Ids] = []
+            width = held = 0
+            for _, head, rest, question in some:
+                deep, count = max(held, len(head) + rest), len(batch) + 1
+                full = rest * count > BATCH_TOKENS or deep * count > HELD_TOKENS
+                if batch and (full or (rest - width) * len(batch) > shared.WORTH):
+                    yield batch, begun
+                    batch, begun, deep = [], [], len(head) + rest
+                batch.append(question)
+                begun.append(head)
+                width, held = rest, deep
+            yield batch, begun
+
+    def _ordered(
+        self, questions: Sequence[_Question]
+    ) -> Iterator[tuple[tuple[Any, ...], Ids, int, _Question]]:
+        """Questions in the order of asking, short ones first: (what they must be alike in to run
+        together, the beginning that is shared, tokens of the rest, question)."""
         for kind in sorted({question.kind for question in questions}):
             mine = [question for question in questions if question.kind == kind]
+            apart = kind[0] == "generate"
             begun = shared.heads(
                 self.model.view,
                 [question.prompt for question in mine],
                 tuple(question.patches for question in mine),
-                max(question.length for question in mine),
+                [question.length for question in mine],
+                apart=apart,
             )
-            ids = (tuple(patch.id for patch in question.patches) for question in mine)
-            rest = (q.length - len(head) for q, head in zip(mine, begun, strict=True))
-            ordered += sorted(zip(repeat(kind), begun, rest, ids, mine, strict=False))
-        batch: list[_Question] = []
-        before: Any = None
-        for kind, head, size, _, question in ordered:
-            count = len(batch) + 1
-            full = size * count > BATCH_TOKENS or (len(head) + size) * count > HELD_TOKENS
-            if batch and (full or (kind, head) != before):
-                yield batch
-                batch = []
-            batch.append(question)
-            before = kind, head
-        if batch:
-            yield batch
+            ordered = []
+            for head, question in zip(begun, mine, strict=True):
+                # A generation goes on from one beginning; to score, all are read in one pass.
+                alike = (kind, head if apart else bool(head))
+                ids = tuple(patch.id for patch in question.patches)
+                ordered.append((alike, question.length - len(head), head, ids, question))
+            for alike, rest, head, _, question in sorted(ordered):
+                yield alike, head, rest, question
 
     def _kept(self) -> Answers | None:
         """Where answers are kept: only those of an unedited model that came from files."""

@@ -32,11 +32,12 @@ class CellFacts(BaseModel):
         method: its name; config: its options, all of them; seed: of the edits.
         dataset: name; split; digest: SHA-256 of its files.
         mode: single, batch or sequential.
-        limit: cases asked for; None for all.
+        limit: cases in it; None where nothing says.
         probes: most probes of each kind and case; None for all.
         chat: whether edits and questions go through the chat template.
         metrics: names of the metrics.
-        ages: numbers of edits after which a sequential cell is scored, besides the end.
+        ages: numbers of edits after which a sequential cell is scored, besides the end; 0 for each
+            case right after its own.
         versions: of knowpatch (its source's digest too), torch and transformers.
     """
 

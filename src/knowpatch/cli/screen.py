@@ -6,11 +6,20 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator
+from time import monotonic
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from knowpatch.progress import Progress as Report
 
@@ -26,10 +35,18 @@ def print_json(value: Any) -> None:
 
 
 @contextlib.contextmanager
-def reporting() -> Iterator[Report]:
-    """A progress reporter that draws one line per stage on stderr."""
+def reporting(*, remaining: bool = False) -> Iterator[Report]:
+    """A progress reporter that draws one line per stage on stderr.
+
+    Args:
+        remaining: for long work: the steps done, and an estimate of the time that is left. Where
+            there is no terminal, a line now and then.
+    """
     console = Console(file=sys.stderr)
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TimeElapsedColumn())
+    columns = [TextColumn("{task.description}"), BarColumn(bar_width=24), TimeElapsedColumn()]
+    if remaining:
+        columns += [MofNCompleteColumn(), TextColumn("left"), TimeRemainingColumn()]
+    lines = _Lines() if remaining else None
     with Progress(
         *columns,
         console=console,
@@ -41,6 +58,9 @@ def reporting() -> Iterator[Report]:
         announced: set[str] = set()
 
         def report(stage: str, done: int, total: int) -> None:
+            if lines is not None and not console.is_terminal:
+                lines.tell(stage, done, total)
+                return
             if stage not in stages:
                 if not console.is_terminal and stage not in announced:
                     sys.stderr.write(f"{stage} ...\n")
@@ -51,6 +71,28 @@ def reporting() -> Iterator[Report]:
                 bars.remove_task(stages.pop(stage))
 
         yield report
+
+
+class _Lines:
+    """Progress of long work where there is no terminal: a line when a stage begins and ends, and
+    one every EVERY seconds with an estimate."""
+
+    EVERY = 20.0
+
+    def __init__(self) -> None:
+        self.stage, self.first, self.start, self.last = "", 0, 0.0, 0.0
+
+    def tell(self, stage: str, done: int, total: int) -> None:
+        now = monotonic()
+        if stage != self.stage:
+            self.stage, self.first, self.start, self.last = stage, done, now, 0.0
+        if done < total and now - self.last < self.EVERY:
+            return
+        self.last = now
+        new = done - self.first
+        left = f", about {(now - self.start) / new * (total - done):.0f} s left" if new > 0 else ""
+        sys.stderr.write(f"{stage}: {done} of {total}{left if done < total else ''}\n")
+        sys.stderr.flush()
 
 
 def one_line(text: str, limit: int = 48) -> str:

@@ -14,6 +14,9 @@ from typing import Any, ClassVar
 from knowpatch.data.case import Case
 from knowpatch.registry import Registry
 
+Files = Mapping[str, Sequence[str]]
+"""For each split its files."""
+
 
 @dataclass(frozen=True)
 class Hub:
@@ -32,9 +35,10 @@ class Dataset(ABC):
         name: as on the command line; the file's stem.
         about: what it asks, one line.
         paper: where it was published.
-        kind: insert, modify or erase: what its edits are.
+        kind: insert, modify or erase: what its edits are; none where it has none.
         suite: the benchmark that it is a part of, if any.
         files: for each split its files, as paths below a data folder.
+        default_split: the split that is meant where none is named.
         hub: where the files can be fetched from; None where they cannot.
     """
 
@@ -43,7 +47,8 @@ class Dataset(ABC):
     paper: ClassVar[str]
     kind: ClassVar[str]
     suite: ClassVar[str | None] = None
-    files: ClassVar[Mapping[str, Sequence[str]]]
+    files: ClassVar[Files]
+    default_split: ClassVar[str] = "test"
     hub: ClassVar[Hub | None] = None
 
     @abstractmethod

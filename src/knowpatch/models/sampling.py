@@ -23,15 +23,25 @@ class Sampled:
         return cls(top_k, tuple(seed * 1_000_003 + i for i in range(count)))
 
 
-def greedily(max_new_tokens: int, pad: int, stops: Sequence[int]) -> GenerationConfig:
-    """Take the likeliest token each time; nothing from the model's own defaults."""
+def greedily(
+    max_new_tokens: int, pad: int, stops: Sequence[int], *, whole: bool = False
+) -> GenerationConfig:
+    """Take the likeliest token each time; nothing from the model's own defaults.
+
+    Args:
+        max_new_tokens: most new tokens; with `whole` just so many, since none of `stops` is taken.
+        pad: what stands behind a row that has ended.
+        stops: what ends a row.
+        whole: whether no row may end.
+    """
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         repetition_penalty=1.0,
         num_beams=1,
         pad_token_id=pad,
-        eos_token_id=list(stops) or None,
+        eos_token_id=None if whole else list(stops) or None,
+        suppress_tokens=list(stops) or None if whole else None,
     )
 
 

@@ -7,6 +7,7 @@ prompt is always read with its row: what is predicted first stands there, and wr
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -26,25 +27,29 @@ TOLERANCE = 1e-2
 """Largest difference, in log-probability, at which a probe says that sharing holds."""
 
 
-def heads(view: ModelView, prompts: Sequence[Ids], rows: Rows, longest: int) -> list[Ids]:
+def heads(
+    view: ModelView, prompts: Sequence[Ids], rows: Rows, lengths: Sequence[int], *, apart: bool
+) -> list[Ids]:
     """For each prompt the beginning that is worth reading once for several; () for none.
 
     Args:
         view: the model.
         prompts: ids of each prompt.
         rows: the patches that each carries.
-        longest: tokens of the longest row, its answer included.
+        lengths: tokens of each row, its answer included.
+        apart: whether each beginning is read in a pass of its own; else all are in one.
     """
     found: list[Ids] = [()] * len(prompts)
-    if not view.limits.reads_in_pieces(longest, 2):
-        return found
+    fit = [i for i, length in enumerate(lengths) if view.limits.reads_in_pieces(length, 2)]
     for patches in dict.fromkeys(rows):
-        mine = [i for i, other in enumerate(rows) if other == patches]
+        mine = [i for i in fit if rows[i] == patches]
         for i, head in zip(mine, shared_beginnings([prompts[i][:-1] for i in mine]), strict=True):
             found[i] = head
     counts = Counter(zip(found, rows, strict=True))
+    saved = {key: (count - 1) * len(key[0]) for key, count in counts.items()}
+    least = WORTH if apart else 1 if sum(saved.values()) >= WORTH else math.inf
     found = [
-        head if (counts[head, patches] - 1) * len(head) >= WORTH else ()
+        head if saved[head, patches] >= least else ()
         for head, patches in zip(found, rows, strict=True)
     ]
     return found if any(found) and holds(view) else [()] * len(prompts)
@@ -54,25 +59,12 @@ def score(
     view: ModelView,
     pairs: Sequence[tuple[Ids, Ids]],
     rows: Rows,
+    begun: Sequence[Ids],
     give: type[S] = Scored,  # type: ignore[assignment]
 ) -> list[S]:
-    """Force each answer behind its prompt, in one batch; row i carries rows[i]."""
-    longest = max(len(prompt) + len(answer) for prompt, answer in pairs)
-    begun = heads(view, [prompt for prompt, _ in pairs], rows, longest)
-    if not any(begun):
-        with session(view.model, rows):
-            return view.score(pairs, give)
-    return _score_on(view, pairs, rows, begun, give)
-
-
-def _score_on(
-    view: ModelView,
-    pairs: Sequence[tuple[Ids, Ids]],
-    rows: Rows,
-    begun: Sequence[Ids],
-    give: type[S],
-) -> list[S]:
-    past = read(view, begun, rows)
+    """Force each answer behind its prompt, in one batch; row i carries rows[i] and begins with
+    begun[i], which is read once for all that share it."""
+    past = read(view, begun, rows) if any(begun) else None
     rest = [(prompt[len(head) :], a) for (prompt, a), head in zip(pairs, begun, strict=True)]
     with session(view.model, rows):
         return view.score(rest, give, past=past)
@@ -91,34 +83,22 @@ def generate(
     view: ModelView,
     prompts: Sequence[Ids],
     rows: Rows,
+    head: Ids,
     *,
     max_new_tokens: int,
     sampled: Sampled | None = None,
     whole: bool = False,
 ) -> list[Ids]:
-    """Continue each prompt, a batch for each beginning; row i carries rows[i].
+    """Continue each prompt, in one batch; row i carries rows[i], and all begin with `head`: a
+    generation wants its past without holes.
 
     With `sampled` and `whole` as `ModelView.generate` takes them.
     """
-    longest = max(map(len, prompts)) + max_new_tokens
-    begun = heads(view, prompts, rows, longest)
-    found: dict[int, Ids] = {}
-    # One beginning is one batch of its own: generation wants its past without holes.
-    for head in dict.fromkeys(begun):
-        numbers = [i for i, other in enumerate(begun) if other == head]
-        mine = tuple(rows[i] for i in numbers)
-        past = read(view, [head] * len(numbers), mine) if head else None
-        drawn = sampled and Sampled(sampled.top_k, tuple(sampled.seeds[i] for i in numbers))
-        with session(view.model, mine):
-            new = view.generate(
-                [prompts[i] for i in numbers],
-                max_new_tokens=max_new_tokens,
-                sampled=drawn,
-                whole=whole,
-                past=past,
-            )
-        found.update(zip(numbers, new, strict=True))
-    return [found[i] for i in range(len(prompts))]
+    past = read(view, [head] * len(prompts), rows) if head else None
+    with session(view.model, rows):
+        return view.generate(
+            prompts, max_new_tokens=max_new_tokens, sampled=sampled, whole=whole, past=past
+        )
 
 
 def holds(view: ModelView) -> bool:
@@ -134,7 +114,7 @@ def holds(view: ModelView) -> bool:
         try:
             with session(view.model, none):
                 plain: list[Scored] = view.score(pairs)
-            fast = _score_on(view, pairs, none, [head, head, ()], Scored)
+            fast: list[Scored] = score(view, pairs, none, [head, head, ()])
             gaps = [
                 abs(a - b)
                 for one, other in zip(plain, fast, strict=True)

@@ -333,13 +333,13 @@ class ModelView:
         batch = self.batch([row[seen:] for row in rows], side="left")
         ids_BT = torch.cat([torch.tensor(head, dtype=torch.long).to(batch.ids_BT), batch.ids_BT], 1)
         mask_BT = batch.mask_BT if past is None else torch.cat([past.mask_BP, batch.mask_BT], 1)
-        stops = () if whole else self.stop_ids
+        pad = self.tokenizer.pad_token_id or 0
         with self.passing([ids_BT.shape[1] - 1] * len(rows)), torch.no_grad():
             out = self.model.generate(
                 input_ids=ids_BT,
                 attention_mask=mask_BT,
                 past_key_values=None if past is None else past.cache,
-                generation_config=greedily(max_new_tokens, self.tokenizer.pad_token_id or 0, stops),
+                generation_config=greedily(max_new_tokens, pad, self.stop_ids, whole=whole),
                 logits_processor=processors(sampled),
             )
         new: list[list[int]] = out[:, ids_BT.shape[1] :].tolist()

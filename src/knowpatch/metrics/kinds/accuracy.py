@@ -9,12 +9,13 @@ for answers that nobody helped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 
 from knowpatch.ask import Future
 from knowpatch.data.case import PORTABILITY, REPHRASE, REWRITE, Case, Probe
 from knowpatch.metrics.asker import Asker
-from knowpatch.metrics.metric import Result, Score, Values, metric, register
+from knowpatch.metrics.metric import Result, metric, register
+from knowpatch.metrics.queries import both, forcible
 from knowpatch.models.passes import Scored
 
 Best = Callable[[Scored], float]
@@ -31,35 +32,15 @@ def all_right(scored: Scored) -> float:
 def forced(
     case: Case, kind: str, before: Asker, after: Asker, of: Best, *, first: bool = False
 ) -> Result | None:
-    """Force every accepted answer of the probes of `kind`; a query's value is its best answer's."""
-    probes = {
-        sub: [probe for probe in found if _answers(probe, first)]
-        for sub, found in case.by_sub_kind(kind).items()
-    }
-    if not any(probes.values()):
-        return None
-    asked = [
-        {sub: [_force(asker, p, first) for p in found] for sub, found in probes.items()}
-        for asker in (before, after)
-    ]
-    return lambda: Score(before=_values(asked[0], of), after=_values(asked[1], of))
+    """Force the accepted answers of the probes of `kind`; a query's value is its best answer's."""
 
+    def ask(model: Asker, probe: Probe) -> list[Future[Scored]] | None:
+        answers = forcible(probe.aliases[:1] if first else probe.aliases)
+        return [model.force(probe.prompt, answer) for answer in answers] or None
 
-def _answers(probe: Probe, first: bool) -> tuple[str, ...]:
-    """The accepted answers that can be forced: empty ones cannot."""
-    given = (probe.expected or "",) if first else probe.aliases
-    return tuple(answer for answer in given if answer.strip())
-
-
-def _force(asker: Asker, probe: Probe, first: bool) -> list[Future[Scored]]:
-    return [asker.force(probe.prompt, answer) for answer in _answers(probe, first)]
-
-
-def _values(asked: Mapping[str, Sequence[Sequence[Future[Scored]]]], of: Best) -> Values:
-    return {
-        sub: [max(of(future.result()) for future in futures) for futures in queries]
-        for sub, queries in asked.items()
-    }
+    return both(
+        case, kind, (before, after), ask, lambda _, asked: max(of(f.result()) for f in asked)
+    )
 
 
 @metric(protocol="teacher-forced", about="share of the target's tokens that lead, edited prompt")

@@ -1,0 +1,78 @@
+"""Perplexity of the wanted answers: how surprised the model is at the text it was taught.
+
+GRACE (arXiv 2211.11031) and WISE score repaired hallucinations so; useful where the target is a
+sentence. `perplexity_tf` is the corpus's: the exponential of all tokens' mean, so that long answers
+count as long. The published mean of records' own perplexities (`perplexity_tf_published`) is led by
+the few worst. Neither says anything of unrelated text.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+from knowpatch.ask import Future
+from knowpatch.data.case import REWRITE, Case, Probe
+from knowpatch.metrics.asker import Asker
+from knowpatch.metrics.metric import (
+    Columns,
+    Result,
+    Score,
+    Values,
+    metric,
+    register,
+    total_columns,
+)
+from knowpatch.metrics.queries import Asked, both, forcible, per_probe
+from knowpatch.models.passes import Scored
+
+
+def _first(model: Asker, probe: Probe) -> Future[Scored] | None:
+    answers = forcible(probe.aliases)
+    return model.force(probe.prompt, answers[0]) if answers else None
+
+
+def of_corpus(means: Columns) -> float | None:
+    """Records' means of both columns to the corpus's perplexity: their ratio is the sums' ratio."""
+    return math.exp(means["nll"] / means["tokens"]) if means.get("tokens") else None
+
+
+@metric(
+    protocol="teacher-forced",
+    about="perplexity of the targets' tokens, all records together",
+    better="less",
+    percent=False,
+    columns=total_columns,
+    combine=of_corpus,
+)
+def perplexity_tf(case: Case, before: Asker, after: Asker) -> Result | None:
+    old, new = (per_probe(case, REWRITE, partial(_first, model)) for model in (before, after))
+    return (lambda: Score(_sums(new), _sums(old))) if new else None
+
+
+def _sums(asked: Asked[Future[Scored]]) -> Values:
+    scored = [future.result() for queries in asked.values() for _, future in queries]
+    return {
+        "nll": [-sum(one.logprobs) for one in scored],
+        "tokens": [float(len(one.logprobs)) for one in scored],
+    }
+
+
+@metric(
+    protocol="teacher-forced",
+    about="mean over records of the target's perplexity",
+    better="less",
+    percent=False,
+    published=True,
+)
+def perplexity_tf_published(case: Case, before: Asker, after: Asker) -> Result | None:
+    return both(
+        case,
+        REWRITE,
+        (before, after),
+        _first,
+        lambda _, asked: math.exp(-asked.result().mean_logprob),
+    )
+
+
+register("perplexity", perplexity_tf, perplexity_tf_published)
