@@ -3,7 +3,7 @@
 #   make test    all tests, the real model included (under 10 minutes on 2 cores)
 #   make check   lint, types and tests
 #   make fast    the tests that need no real model
-#   make bench-smoke   3 methods on KnowEdit's six datasets, 3 records each (under 5 minutes)
+#   make bench-smoke   3 methods on the six datasets of KnowEdit, 3 records each
 #   make soak    the long tests: 2,000 damaged patch files, all 20 records by every method
 
 PYTHON ?= python3
@@ -15,8 +15,6 @@ export OMP_WAIT_POLICY := passive
 
 # KnowEdit's files, in the hub's layout; see docs/data.md.
 DATA := $(or $(KNOWPATCH_DATA),../shared/data)
-SMOKE := --methods ft,grace,ice --datasets all --limit 3 --probes 2
-
 .PHONY: demo test fast check lint types soak install clean bench-smoke
 install: $(INSTALLED)
 
@@ -40,7 +38,7 @@ fast: $(INSTALLED)
 bench-smoke: $(INSTALLED)
 	@rm -rf .venv/smoke
 	@if [ -d "$(DATA)" ]; then \
-	  $(BIN)/knowpatch bench run $(SMOKE) --data "$(DATA)" --out .venv/smoke && \
+	  $(BIN)/knowpatch bench run benchmarks/smoke.yaml --data "$(DATA)" --out .venv/smoke && \
 	  $(BIN)/knowpatch bench report .venv/smoke; \
 	else echo "skipped: no data in $(DATA); set KNOWPATCH_DATA"; fi
 

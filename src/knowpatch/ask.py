@@ -10,7 +10,7 @@ model answered before is not asked again (answers.py).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -26,7 +26,7 @@ from knowpatch.patch import Patch
 from knowpatch.progress import Progress, silent
 
 T = TypeVar("T")
-BATCH_TOKENS = 1024
+BATCH_TOKENS = 2048
 """Tokens that a batch runs at most, padding included."""
 HELD_TOKENS = 8 * BATCH_TOKENS
 """Tokens whose keys and values it holds at most, shared beginnings included."""
@@ -217,15 +217,21 @@ class Ask:
     def _run(self, waiting: Mapping[_Question, Future[Any]]) -> None:
         self._recall(waiting)
         open_ = [question for question, future in waiting.items() if not future.done]
+        richer = _richer(open_)
+        poorer = [question for question in open_ if question in richer]
+        open_ = [question for question in open_ if question not in richer]
         done = len(waiting) - len(open_)
         for batch, begun in self._batches(open_):
             self.progress("asking", done, len(waiting))
             for question, answer in zip(batch, self._answer(batch, begun), strict=True):
                 waiting[question].set(answer)
             done += len(batch)
+        for question in poorer:
+            known = waiting[richer[question]].result()
+            waiting[question].set(Scored(known.ids, known.correct, known.logprobs))
         # At the end, all or nothing: what was kept of a broken run would change the batches, and
         # by them the last digits, of the run that takes it up.
-        self._remember({question: waiting[question].result() for question in open_})
+        self._remember({question: waiting[question].result() for question in [*open_, *poorer]})
         if waiting:
             self.progress("asking", len(waiting), len(waiting))
 
@@ -313,6 +319,14 @@ class Ask:
             plain = {q.key: list(vars(a).values()) for q, a in answers.items() if _keeps(q)}
             if plain:
                 store.put(plain)
+
+
+def _richer(questions: Sequence[_Question]) -> dict[_Question, _Question]:
+    """Of forced answers that are asked for more than once, of which different things are to be
+    kept: each plain one to one that has what it wants, and more."""
+    forced = [question for question in questions if isinstance(question, _Score)]
+    more = {replace(q, give=Scored): q for q in forced if q.give is not Scored}
+    return {q: more[q] for q in forced if q in more}
 
 
 def _keeps(question: _Question) -> bool:
