@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from knowpatch.ask import Future, Generated
+from knowpatch.ask import Generated
 from knowpatch.data.case import (
     FORGET,
     HOP,
@@ -34,6 +34,7 @@ from knowpatch.data.case import (
     accepted,
 )
 from knowpatch.errors import OptionError
+from knowpatch.future import Future
 from knowpatch.metrics import catalogue as catalogue_module
 from knowpatch.metrics import text
 from knowpatch.metrics.catalogue import STANDARD, catalogue, chosen, groups

@@ -9,13 +9,14 @@ model answered before is not asked again (answers.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Protocol
 
 from knowpatch.answers import Answers, key_of
 from knowpatch.errors import RequestError
+from knowpatch.future import Future
 from knowpatch.held import Carried
 from knowpatch.models import shared, trials
 from knowpatch.models.passes import Distributions, Ids, Scored
@@ -25,7 +26,6 @@ from knowpatch.parts.spans import Encoded, continuation
 from knowpatch.patch import Patch
 from knowpatch.progress import Progress, silent
 
-T = TypeVar("T")
 BATCH_TOKENS = 2048
 """Tokens that a batch runs at most, padding included."""
 HELD_TOKENS = 8 * BATCH_TOKENS
@@ -56,26 +56,6 @@ class Generated:
 
     ids: tuple[int, ...]
     text: str
-
-
-class Future(Generic[T]):
-    """A result to come; asking for it runs what is waiting."""
-
-    def __init__(self, run: Callable[[], None]) -> None:
-        self._run = run
-        self._found: list[T] = []
-
-    def result(self) -> T:
-        if not self._found:
-            self._run()
-        return self._found[0]
-
-    @property
-    def done(self) -> bool:
-        return bool(self._found)
-
-    def set(self, value: T) -> None:
-        self._found = [value]
 
 
 @dataclass(frozen=True)
@@ -216,24 +196,30 @@ class Ask:
 
     def _run(self, waiting: Mapping[_Question, Future[Any]]) -> None:
         self._recall(waiting)
-        open_ = [question for question, future in waiting.items() if not future.done]
-        richer = _richer(open_)
-        poorer = [question for question in open_ if question in richer]
-        open_ = [question for question in open_ if question not in richer]
-        done = len(waiting) - len(open_)
-        for batch, begun in self._batches(open_):
+        left = [question for question, future in waiting.items() if not future.done]
+        richer = _richer(left)
+        found: dict[_Question, Scored | Generated] = {}
+        done = len(waiting) - len(left)
+        for batch, begun in self._batches([q for q in left if q not in richer.values()]):
             self.progress("asking", done, len(waiting))
             for question, answer in zip(batch, self._answer(batch, begun), strict=True):
-                waiting[question].set(answer)
+                found |= self._set(waiting, question, answer)
+                if (poorer := richer.get(question)) and isinstance(answer, Scored):
+                    found |= self._set(waiting, poorer, answer.plain())
             done += len(batch)
-        for question in poorer:
-            known = waiting[richer[question]].result()
-            waiting[question].set(Scored(known.ids, known.correct, known.logprobs))
         # At the end, all or nothing: what was kept of a broken run would change the batches, and
         # by them the last digits, of the run that takes it up.
-        self._remember({question: waiting[question].result() for question in [*open_, *poorer]})
+        self._remember(found)
         if waiting:
             self.progress("asking", len(waiting), len(waiting))
+
+    @staticmethod
+    def _set(
+        waiting: Mapping[_Question, Future[Any]], question: _Question, answer: Scored | Generated
+    ) -> dict[_Question, Scored | Generated]:
+        """Tell the future; returns what there is to be kept."""
+        waiting[question].set(answer)
+        return {question: answer} if _keeps(question) else {}
 
     def _answer(self, batch: _Batch, begun: Sequence[Ids]) -> Sequence[Scored | Generated]:
         """Answer questions of one kind, each beginning with `begun`."""
@@ -316,17 +302,17 @@ class Ask:
     def _remember(self, answers: Mapping[_Question, Scored | Generated]) -> None:
         store = self._kept()
         if store is not None:
-            plain = {q.key: list(vars(a).values()) for q, a in answers.items() if _keeps(q)}
+            plain = {q.key: list(vars(a).values()) for q, a in answers.items()}
             if plain:
                 store.put(plain)
 
 
 def _richer(questions: Sequence[_Question]) -> dict[_Question, _Question]:
-    """Of forced answers that are asked for more than once, of which different things are to be
-    kept: each plain one to one that has what it wants, and more."""
-    forced = [question for question in questions if isinstance(question, _Score)]
-    more = {replace(q, give=Scored): q for q in forced if q.give is not Scored}
-    return {q: more[q] for q in forced if q in more}
+    """Of forced answers of which more than the plain score is wanted: each to the question for
+    that plain score, where it is among `questions`."""
+    asked = set(questions)
+    plain = {q: replace(q, give=Scored) for q in questions if isinstance(q, _Score)}
+    return {q: p for q, p in plain.items() if q != p and p in asked}
 
 
 def _keeps(question: _Question) -> bool:

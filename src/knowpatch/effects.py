@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from knowpatch.ask import Ask, Future, Generated
+from knowpatch.ask import Ask, Generated
 from knowpatch.data.case import REWRITE, Probe
 from knowpatch.edited import EditedModel
+from knowpatch.future import Future
 from knowpatch.models.passes import Scored
 from knowpatch.patch import Patch
 from knowpatch.probes import OUGHT_TO_STAY

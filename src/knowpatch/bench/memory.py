@@ -16,7 +16,7 @@ from knowpatch.errors import OptionError
 
 log = logging.getLogger(__name__)
 
-MOST = 20
+MOST = 10
 """Cases at once."""
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 

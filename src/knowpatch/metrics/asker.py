@@ -7,7 +7,8 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from knowpatch.ask import Ask, Future, Generated
+from knowpatch.ask import Ask, Generated
+from knowpatch.future import Future
 from knowpatch.models.passes import Distributions, Scored, Spread
 from knowpatch.models.view import S
 from knowpatch.patch import Patch
@@ -42,7 +43,8 @@ class Asker:
     def distributions(self, prompt: str, answer: str) -> Future[Distributions]:
         """As `force`, with the log-probabilities of the whole vocabulary at each place.
 
-        They are large and never kept: for the edited model, to be held against a `spread`.
+        They are large and never kept: take what you need as they come, with `read`. For the
+        edited model, to be held against a `spread` of the unedited one, which has answered before.
         """
         return self._forced(prompt, answer, Distributions)
 

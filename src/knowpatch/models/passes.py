@@ -95,6 +95,10 @@ class Scored:
         """What a subclass keeps besides, from the log-probabilities at one answer's places."""
         return ()
 
+    def plain(self) -> Scored:
+        """The score alone, without what a subclass keeps."""
+        return Scored(self.ids, self.correct, self.logprobs)
+
     @property
     def accuracy(self) -> float:
         """Share of tokens that were the most likely (teacher-forced token accuracy)."""
@@ -137,7 +141,7 @@ class Distributions(Scored):
 
     @classmethod
     def _more(cls, logprobs_NV: Tensor) -> tuple[Any, ...]:
-        return (logprobs_NV.cpu().clone(),)
+        return (logprobs_NV,)
 
     @property
     def leading(self) -> tuple[int, ...]:
@@ -151,9 +155,9 @@ class Distributions(Scored):
         All other tokens are taken as one, so it is a lower bound of the whole divergence, and
         equal to it where the rest is negligible.
         """
-        ids = torch.tensor(base.top_ids)
+        ids = torch.tensor(base.top_ids, device=self.logprobs_NV.device)
         p_NK = torch.tensor(base.top_logprobs, dtype=torch.float64).exp()
-        q_NK = self.logprobs_NV.gather(1, ids).double().exp()
+        q_NK = self.logprobs_NV.gather(1, ids).cpu().double().exp()
         tiny = torch.finfo(torch.float64).tiny
         p_N1, q_N1 = (1 - p_NK.sum(1, True)).clamp(min=0), (1 - q_NK.sum(1, True)).clamp(min=tiny)
         p, q = torch.cat([p_NK, p_N1], 1), torch.cat([q_NK.clamp(min=tiny), q_N1], 1)

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from knowpatch.ask import Future
 from knowpatch.data.case import PORTABILITY, REPHRASE, REWRITE, Case, Probe
+from knowpatch.future import Future
 from knowpatch.metrics.asker import Asker
 from knowpatch.metrics.metric import Result, metric, register
 from knowpatch.metrics.queries import both, forcible

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from itertools import permutations
 from statistics import fmean
 
-from knowpatch.ask import Future
 from knowpatch.data.case import Case
+from knowpatch.future import Future
 from knowpatch.metrics.asker import Asker
 from knowpatch.metrics.metric import Result, Score, Values, metric, register
 from knowpatch.metrics.queries import edits

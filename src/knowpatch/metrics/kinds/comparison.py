@@ -15,8 +15,8 @@ from collections.abc import Callable
 from functools import partial
 from itertools import chain
 
-from knowpatch.ask import Future
 from knowpatch.data.case import NEIGHBOUR, REPHRASE, REWRITE, Case, Probe
+from knowpatch.future import Future
 from knowpatch.metrics.asker import Asker
 from knowpatch.metrics.metric import Columns, Result, Score, Values, metric, part_columns, register
 from knowpatch.metrics.queries import both, per_probe, request_of, values_of

@@ -21,8 +21,9 @@ from dataclasses import dataclass, field
 from http.client import HTTPException
 from typing import Any
 
-from knowpatch.ask import Future, Generated
+from knowpatch.ask import Generated
 from knowpatch.data.case import REWRITE, Case, Probe
+from knowpatch.future import Future
 from knowpatch.metrics.asker import Asker
 from knowpatch.metrics.metric import Result, Score, metric, register
 from knowpatch.metrics.queries import Asked, per_probe, request_of, values_of

@@ -15,14 +15,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from statistics import fmean
 
-from knowpatch.ask import Future
 from knowpatch.data.case import LOCALITY, Case, Probe
+from knowpatch.future import Future
 from knowpatch.metrics.asker import Asker
 from knowpatch.metrics.metric import Result, metric, register
 from knowpatch.metrics.queries import both, compared, forcible
 from knowpatch.models.passes import Distributions, Scored, Spread
-
-Forced = Future[Scored] | Future[Spread] | Future[Distributions]
 
 
 def _held_against(
@@ -30,16 +28,15 @@ def _held_against(
 ) -> Result | None:
     """The first answer forced on both models, their distributions held against each other."""
 
-    def ask(probe: Probe) -> tuple[Future[Spread], Future[Distributions]] | None:
+    def ask(probe: Probe) -> Future[float] | None:
         answers = forcible(probe.aliases[:1])
         if not answers:
             return None
-        return (
-            before.spread(probe.prompt, answers[0]),
-            after.distributions(probe.prompt, answers[0]),
-        )
+        base = before.spread(probe.prompt, answers[0])
+        edited = after.distributions(probe.prompt, answers[0])
+        return edited.read(lambda found: of(base.result(), found))
 
-    return compared(case, LOCALITY, ask, lambda _, asked: of(asked[0].result(), asked[1].result()))
+    return compared(case, LOCALITY, ask, lambda _, asked: asked.result())
 
 
 def _same_leading(base: Spread, edited: Distributions) -> float:
@@ -62,25 +59,12 @@ def locality_kl(case: Case, before: Asker, after: Asker) -> Result | None:
     return _held_against(case, before, after, lambda base, edited: fmean(edited.divergence(base)))
 
 
-def _forced(model: Asker, probe: Probe, *, edited: bool) -> list[Forced]:
-    """All accepted answers forced, the first just as the comparisons above ask it.
-
-    Further aliases are never held against each other, so that they need no distributions, which
-    are large.
-    """
-    answers = forcible(probe.aliases)
-    asked: list[Forced] = []
-    for answer in answers:
-        if answer != probe.aliases[0]:
-            asked.append(model.force(probe.prompt, answer))
-        elif edited:
-            asked.append(model.distributions(probe.prompt, answer))
-        else:
-            asked.append(model.spread(probe.prompt, answer))
-    return asked
+def _forced(model: Asker, probe: Probe) -> list[Future[Scored]]:
+    """All accepted answers forced."""
+    return [model.force(probe.prompt, answer) for answer in forcible(probe.aliases)]
 
 
-def _knows(asked: list[Forced]) -> bool:
+def _knows(asked: list[Future[Scored]]) -> bool:
     return any(all(future.result().correct) for future in asked)
 
 
@@ -89,10 +73,10 @@ def _knows(asked: list[Forced]) -> bool:
     about="of queries with an answer whose tokens all led before, share where they still do",
 )
 def locality_right_tf(case: Case, before: Asker, after: Asker) -> Result | None:
-    def ask(probe: Probe) -> tuple[list[Forced], list[Forced]] | None:
+    def ask(probe: Probe) -> tuple[list[Future[Scored]], list[Future[Scored]]] | None:
         if not forcible(probe.aliases):
             return None
-        return _forced(before, probe, edited=False), _forced(after, probe, edited=True)
+        return _forced(before, probe), _forced(after, probe)
 
     return compared(
         case,
@@ -109,7 +93,7 @@ def specificity_tf(case: Case, before: Asker, after: Asker) -> Result | None:
         case,
         LOCALITY,
         (before, after),
-        lambda model, probe: _forced(model, probe, edited=model is after) or None,
+        lambda model, probe: _forced(model, probe) or None,
         lambda _, asked: max(future.result().accuracy for future in asked),
     )
 

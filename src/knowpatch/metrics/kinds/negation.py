@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
 
-from knowpatch.ask import Future, Generated
+from knowpatch.ask import Generated
 from knowpatch.data.case import LOCALITY, Case
+from knowpatch.future import Future
 from knowpatch.metrics.asker import Asker
 from knowpatch.metrics.metric import Columns, Result, Score, Values, metric, part_columns, register
 from knowpatch.metrics.queries import edits

@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 from functools import partial
 
-from knowpatch.ask import Future
 from knowpatch.data.case import REWRITE, Case, Probe
+from knowpatch.future import Future
 from knowpatch.metrics.asker import Asker
 from knowpatch.metrics.metric import (
     Columns,

@@ -13,8 +13,9 @@ put in front makes all of them wrong (`retain_gen_published`).
 
 from __future__ import annotations
 
-from knowpatch.ask import Future, Generated
+from knowpatch.ask import Generated
 from knowpatch.data.case import FORGET, RETAIN, Case, Probe
+from knowpatch.future import Future
 from knowpatch.metrics.asker import Asker
 from knowpatch.metrics.metric import Result, metric, register
 from knowpatch.metrics.queries import both, compared

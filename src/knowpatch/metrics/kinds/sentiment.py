@@ -18,12 +18,12 @@ import math
 from collections.abc import Sequence
 from statistics import fmean
 
-from knowpatch.ask import Future
 from knowpatch.data.case import OPPOSITE, OTHER, SAME, Case
+from knowpatch.future import Future
 from knowpatch.metrics.asker import Asker
 from knowpatch.metrics.metric import Result, Score, metric, register
 from knowpatch.metrics.queries import forcible
-from knowpatch.models.passes import Distributions, Scored
+from knowpatch.models.passes import Distributions, Scored, Spread
 
 Questions = list[tuple[str, str]]
 
@@ -80,13 +80,12 @@ def sentiment_kl(case: Case, before: Asker, after: Asker) -> Result | None:
     questions = _questions(case, OTHER)
     if not questions:
         return None
-    pairs = [(before.spread(*question), after.distributions(*question)) for question in questions]
+    asked = [_divergence(before.spread(*q), after.distributions(*q)) for q in questions]
+    return lambda: Score({"": [fmean(v for future in asked for v in future.result())]})
 
-    def result() -> Score:
-        places = [v for old, new in pairs for v in new.result().divergence(old.result())]
-        return Score({"": [fmean(places)]})
 
-    return result
+def _divergence(base: Future[Spread], edited: Future[Distributions]) -> Future[tuple[float, ...]]:
+    return edited.read(lambda found: found.divergence(base.result()))
 
 
 def unshifted(found: Distributions) -> list[float]:
@@ -102,14 +101,14 @@ def unshifted(found: Distributions) -> list[float]:
 )
 def sentiment_prob_published(case: Case, before: Asker, after: Asker) -> Result | None:
     same, opposite = (
-        [after.distributions(*question) for question in _questions(case, kind)]
+        [after.distributions(*question).read(unshifted) for question in _questions(case, kind)]
         for kind in (SAME, OPPOSITE)
     )
     if not same or not opposite:
         return None
 
     def result() -> Score:
-        sides = [[v for f in side for v in unshifted(f.result())] for side in (same, opposite)]
+        sides = [[v for f in side for v in f.result()] for side in (same, opposite)]
         if not all(sides):
             return Score.none("the answers have one token each, which has no place behind it")
         return Score({"": [_sigmoid(fmean(sides[0]) - fmean(sides[1]))]})
