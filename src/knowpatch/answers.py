@@ -1,7 +1,7 @@
 """Answers of unedited models, kept on disk: what a model said before is asked once.
 
-One sqlite file for each model, dtype and library version. It is a cache: whatever goes wrong with
-it makes asking slower, never wrong.
+One sqlite file for each model, dtype, and version of the libraries and of this one. It is a cache:
+whatever goes wrong with it makes asking slower, never wrong.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import transformers
 
-from knowpatch.files import cache_folder
+from knowpatch.files import cache_folder, source_digest
 from knowpatch.models.view import ModelView
 
 AT_ONCE = 500
@@ -29,7 +29,7 @@ class Answers:
 
     def __init__(self, view: ModelView) -> None:
         made_by = [view.fingerprint, view.form, str(view.device.type), list(view.stop_ids)]
-        versions = [torch.__version__, transformers.__version__]
+        versions = [torch.__version__, transformers.__version__, source_digest()]
         name = hashlib.sha256(json.dumps([1, *made_by, *versions]).encode()).hexdigest()[:32]
         self.path = Path(cache_folder() / "answers" / f"{name}.sqlite")
 

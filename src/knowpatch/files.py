@@ -11,6 +11,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -118,6 +119,15 @@ def remembered(what: str, paths: Sequence[Path], compute: Callable[[], Json]) ->
     with contextlib.suppress(InputError):  # a cache that cannot be written is only slower
         write_atomically(note, json.dumps(value).encode())
     return value
+
+
+@cache
+def source_digest() -> str:
+    """What this version of the library is: a hash of its source files."""
+    root, source = Path(__file__).parent, hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        source.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return source.hexdigest()[:16]
 
 
 def file_digest(path: Path) -> str:

@@ -172,6 +172,7 @@ def _compared(group: Group, a: CellSummary, b: CellSummary) -> Iterator[tuple[st
         )
         for how in shared
     ]
-    for how, paired in zip(shared, paired_all(pairs, design=a.cell.design), strict=True):
+    design = a.cell.design([row for row, _ in common])
+    for how, paired in zip(shared, paired_all(pairs, design=design), strict=True):
         if paired is not None:
             yield how.name, paired

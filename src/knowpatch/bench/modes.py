@@ -9,38 +9,39 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import random
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from knowpatch.bench.memory import Budget, Meter
 from knowpatch.bench.schema import CellFacts, dump
 from knowpatch.data.case import Case
 from knowpatch.edited import EditedModel
 from knowpatch.editing import edit, edit_each
-from knowpatch.errors import KnowpatchError, OptionError
+from knowpatch.errors import KnowpatchError, OptionError, PatchError
 from knowpatch.files import write_atomically
 from knowpatch.method import EditMethod
 from knowpatch.patch import Patch
 
 log = logging.getLogger(__name__)
 
-SAMPLE = 100
-"""Cases that are scored at an age before the end."""
+FIRST, SAMPLE = 20, 100
+"""Cases that are scored before the end: the first ones, and so many in all."""
 Numbered = tuple[int, Case]
 
 
 class Made(BaseModel):
-    """What editing one case came to: seconds, peak memory, and the error if there was one."""
+    """What editing one case came to: seconds per request, peak memory, the ids of the patches, and
+    the error if there was one."""
 
     seconds: float | None = None
     peak_mb: float | None = None
     error: str | None = None
+    patches: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,15 @@ class Round:
         cases: with their numbers.
         made: what editing each of them came to.
         patches: for each case the patches that it alone carries; None where all are live.
-        edits: cases edited so far; final: whether these rows are the last word.
+        edits: cases edited so far; aged: whether one after the other.
+        final: whether these rows are the last word.
     """
 
     cases: Sequence[Numbered]
     made: Sequence[Made]
     patches: Sequence[tuple[Patch, ...]] | None = None
     edits: int = 1
+    aged: bool = False
     final: bool = True
 
 
@@ -87,12 +90,18 @@ class Work:
             start = stop
 
     def rounds(
-        self, numbers: Sequence[int], made: Sequence[Made], *, final: bool, edits: int
+        self,
+        numbers: Sequence[int],
+        made: Sequence[Made],
+        *,
+        final: bool,
+        edits: int,
+        aged: bool = False,
     ) -> Iterator[Round]:
         """Rounds over live patches, for the cases that have no row yet."""
         left = [i for i in numbers if not self.done(i, edits, final)]
         for chunk in self.chunks(left):
-            yield Round(chunk, [made[i] for i, _ in chunk], None, edits, final)
+            yield Round(chunk, [made[i] for i, _ in chunk], None, edits, aged, final)
 
 
 def single(work: Work) -> Iterator[Round]:
@@ -107,39 +116,64 @@ def single(work: Work) -> Iterator[Round]:
 
 
 def batch(work: Work) -> Iterator[Round]:
-    """All cases at once in one patch."""
+    """All cases at once in one patch; those whose requests the method refuses are left out."""
     count = len(work.cases)
-    everything = [request for case in work.cases for request in case.requests]
-    made, patches = _kept(work, 0, lambda: (edit(work.model, everything, method=work.method),))
-    share = made.model_copy(update={"seconds": made.seconds and made.seconds / count})
+    refused = [_refused(work.method, case) for case in work.cases]
+    requests = [
+        request
+        for case, why in zip(work.cases, refused, strict=True)
+        for request in ([] if why or case.unusable else case.requests)
+    ]
+    made, patches = _kept(
+        work, 0, lambda: (edit(work.model, requests, method=work.method),), len(requests)
+    )
+    each = [made.model_copy(update={"error": why or made.error}) for why in refused]
     with work.model.applied(*patches):
-        yield from work.rounds(range(count), [share] * count, final=True, edits=count)
+        yield from work.rounds(range(count), each, final=True, edits=count)
+
+
+def _refused(method: EditMethod, case: Case) -> str | None:
+    """Why a method does not take a case's requests."""
+    try:
+        method.check_requests(case.requests)
+    except KnowpatchError as refused:
+        return str(refused)
+    return None
 
 
 def sequential(work: Work) -> Iterator[Round]:
     """One case after another, each on the model as edited so far; scored at ages and at the end.
 
-    The cases scored before the end are the first of one random order, so that it is the same ones
-    again and again.
+    The cases scored before the end are the same ones at every age.
     """
     made: list[Made] = []
-    count = len(work.cases)
-    order = random.Random(0).sample(range(count), count)
+    count, ages = len(work.cases), work.facts.ages
+    sample = _sample(count)
     with contextlib.ExitStack() as live:
         for number, case in enumerate(work.cases):
-            one, patches = _kept(work, number, partial(_patches, work, case))
+            one, patches = _kept(work, number, partial(_patches, work, case), len(case.requests))
             for patch in patches:
                 live.enter_context(work.model.applied(patch))
             made.append(one)
-            work.edited(len(made))
-            if number + 1 == count:
+            edits = len(made)
+            work.edited(edits)
+            if edits == count:
                 break
-            if 0 in work.facts.ages and number in order[:SAMPLE]:
-                yield from work.rounds([number], made, final=False, edits=number + 1)
-            if number + 1 in work.facts.ages:
-                sample = sorted([i for i in order if i <= number][:SAMPLE])
-                yield from work.rounds(sample, made, final=False, edits=number + 1)
-        yield from work.rounds(range(count), made, final=True, edits=count)
+            if 0 in ages and number in sample:
+                yield from work.rounds([number], made, final=False, edits=edits, aged=True)
+            if edits in ages:
+                so_far = [i for i in sample if i < edits]
+                yield from work.rounds(so_far, made, final=False, edits=edits, aged=True)
+        yield from work.rounds(range(count), made, final=True, edits=count, aged=True)
+
+
+def _sample(count: int) -> list[int]:
+    """The first FIRST numbers below `count` and others evenly among the rest, SAMPLE in all."""
+    rest = range(FIRST, count)
+    most = SAMPLE - FIRST
+    if len(rest) <= most:
+        return list(range(count))
+    return [*range(FIRST), *(rest[i * len(rest) // most] for i in range(most))]
 
 
 MODES: dict[str, Callable[[Work], Iterator[Round]]] = {
@@ -166,13 +200,13 @@ def _each(work: Work, cases: Sequence[Case]) -> tuple[list[Made], list[tuple[Pat
             return [_made(meter, len(cases))] * len(cases), [(patch,) for patch in patches]
         except Exception:  # one of them: which, shows when each is edited alone
             log.debug("editing several cases together failed", exc_info=True)
-    found = [_measured(work, partial(_patches, work, case)) for case in cases]
+    found = [_measured(work, partial(_patches, work, c), len(c.requests)) for c in cases]
     return [made for made, _ in found], [patches for _, patches in found]
 
 
 def _patches(work: Work, case: Case) -> tuple[Patch, ...]:
     """The patches that edit one case on the model as it is now."""
-    if not case.requests:
+    if case.unusable or not case.requests:
         return ()
     if work.method.batch or len(case.requests) == 1:
         return (edit(work.model, case.requests, method=work.method),)
@@ -184,7 +218,9 @@ def _patches(work: Work, case: Case) -> tuple[Patch, ...]:
     return tuple(patches)
 
 
-def _measured(work: Work, edit_: Callable[[], tuple[Patch, ...]]) -> tuple[Made, tuple[Patch, ...]]:
+def _measured(
+    work: Work, edit_: Callable[[], tuple[Patch, ...]], requests: int
+) -> tuple[Made, tuple[Patch, ...]]:
     meter, error = Meter(work.model.view.device), None
     patches: tuple[Patch, ...] = ()
     try:
@@ -193,11 +229,18 @@ def _measured(work: Work, edit_: Callable[[], tuple[Patch, ...]]) -> tuple[Made,
     except Exception as fault:  # one case must not end the run; its row says what went wrong
         log.debug("editing failed", exc_info=True)
         error = described(fault)
-    return _made(meter, 1, error), patches
+    return _made(meter, max(requests, 1), error, patches), patches
 
 
-def _made(meter: Meter, count: int, error: str | None = None) -> Made:
-    return Made(seconds=meter.seconds / count, peak_mb=meter.peak / 1e6, error=error)
+def _made(
+    meter: Meter, requests: int, error: str | None = None, patches: Sequence[Patch] = ()
+) -> Made:
+    return Made(
+        seconds=meter.seconds / requests,
+        peak_mb=meter.peak / 1e6,
+        error=error,
+        patches=tuple(patch.id for patch in patches),
+    )
 
 
 def described(fault: Exception) -> str:
@@ -207,16 +250,18 @@ def described(fault: Exception) -> str:
 
 
 def _kept(
-    work: Work, number: int, edit_: Callable[[], tuple[Patch, ...]]
+    work: Work, number: int, edit_: Callable[[], tuple[Patch, ...]], requests: int
 ) -> tuple[Made, tuple[Patch, ...]]:
-    """What was made of a step before, else made now and kept."""
+    """What was made of a step before, if all of it is there; else made now and kept."""
     folder = work.folder / "patches"
     note = folder / f"{number:06}.json"
-    if note.is_file():
-        made = Made.model_validate_json(note.read_bytes())
-        files = sorted(folder.glob(f"{number:06}-*.safetensors"))
-        return made, tuple(Patch.load(path) for path in files)
-    made, patches = _measured(work, edit_)
+    with contextlib.suppress(OSError, ValidationError, PatchError):
+        known = Made.model_validate_json(note.read_bytes())
+        files = [folder / f"{number:06}-{i:03}.safetensors" for i in range(len(known.patches))]
+        found = tuple(Patch.load(path) for path in files)
+        if tuple(patch.id for patch in found) == known.patches:
+            return known, found
+    made, patches = _measured(work, edit_, requests)
     for i, patch in enumerate(patches):
         patch.save(folder / f"{number:06}-{i:03}.safetensors")
     write_atomically(note, dump(made).encode())

@@ -21,7 +21,7 @@ class MethodPlan(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str
+    name: str = Field(min_length=1)
     options: Options = {}
 
 
@@ -54,7 +54,7 @@ class Plan(BaseModel):
     dtype: str = "auto"
     limit: int | None = Field(None, ge=1)
     probes: int | None = Field(None, ge=1)
-    metrics: tuple[str, ...] | None = None
+    metrics: tuple[str, ...] | None = Field(None, min_length=1)
     seed: int = 0
     chat: bool = False
     ages: tuple[int, ...] = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
@@ -69,10 +69,10 @@ class Plan(BaseModel):
             return value
         return [{"name": one} if isinstance(one, str) else one for one in many]
 
-    @field_validator("datasets", "modes", "metrics", mode="before")
+    @field_validator("datasets", "modes", "metrics", "ages", mode="before")
     @classmethod
     def _several(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
+        return [value] if isinstance(value, str | int) else value
 
     @field_validator("ages")
     @classmethod
@@ -81,12 +81,19 @@ class Plan(BaseModel):
             raise ValueError("are numbers of edits, from 0")
         return tuple(sorted(set(ages)))
 
-    @field_validator("memory")
+    @field_validator("memory", mode="before")
     @classmethod
-    def _readable(cls, text: str | None) -> str | None:
-        if text is not None:
+    def _readable(cls, amount: Any) -> Any:
+        text = str(amount) if isinstance(amount, int) else amount
+        if isinstance(text, str):
             bytes_of(text)
         return text
+
+    def absolute(self) -> Plan:
+        """This plan with paths that hold wherever it is kept."""
+        files = [str(Path(n).absolute()) if Path(n).is_file() else n for n in self.datasets]
+        data = self.data and self.data.absolute()
+        return self.model_copy(update={"datasets": tuple(files), "data": data})
 
     @property
     def memory_bytes(self) -> int | None:
@@ -116,14 +123,15 @@ def make_plan(fields: Mapping[str, Any], *, place: str = "the plan") -> Plan:
         fault = error.errors()[0]
         name = ".".join(str(part) for part in fault["loc"])
         if fault["type"] == "extra_forbidden":
-            hint = did_you_mean(name, Plan.model_fields)
+            known = Plan if len(fault["loc"]) == 1 else MethodPlan
+            hint = did_you_mean(str(fault["loc"][-1]), known.model_fields)
             raise OptionError(f"{place}: unknown field {name!r}: {hint}") from None
         said = fault["msg"].removeprefix("Value error, ")
         raise OptionError(f"{place}: {name or 'its values'}: {said}") from None
 
 
 def read_plan(path: Path) -> Plan:
-    """The plan in a YAML file; its data folder is taken from the file's own place.
+    """The plan in a YAML file; its data folder, and files of cases, are taken from its own place.
 
     Raises:
         OptionError: not there, not YAML, or not a plan.
@@ -139,4 +147,13 @@ def read_plan(path: Path) -> Plan:
         raise OptionError(f"{path}: a plan is a mapping of fields: {', '.join(Plan.model_fields)}")
     if isinstance(fields.get("data"), str):
         fields["data"] = path.parent / fields["data"]
+    if isinstance(names := fields.get("datasets"), str | list):
+        every = [names] if isinstance(names, str) else names
+        fields["datasets"] = [_beside(path, name) for name in every]
     return make_plan(fields, place=str(path))
+
+
+def _beside(plan: Path, name: Any) -> Any:
+    """A dataset's name; of a file that lies beside the plan, its path."""
+    there = isinstance(name, str) and (plan.parent / name).is_file()
+    return str(plan.parent / name) if there else name

@@ -9,7 +9,7 @@ bins, 0, 1, 2-3, 4-7 and so on; the half-life and the slope use them one by one.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from knowpatch.bench.statistics import (
@@ -74,11 +74,14 @@ class Retention:
     transfer: Summary | None
 
 
-def retention(scored: Sequence[Scored], *, share: bool) -> Retention | None:
+def retention(
+    scored: Sequence[Scored], *, share: bool, ages: Collection[int] | None = None
+) -> Retention | None:
     """The retention of one metric; None where no edit was scored at two moments or ages.
 
     Args:
         share: whether values are shares; else no edit counts as right, and there is no `lasting`.
+        ages: the numbers of edits that are checkpoints, besides the end; by default all there are.
     """
     if len({row.age for row in scored}) < 2:
         return None
@@ -88,7 +91,10 @@ def retention(scored: Sequence[Scored], *, share: bool) -> Retention | None:
     edits = [streams[edit] for edit in sorted(streams)]
     right = [rows for rows in edits if any(r.age == 0 and r.value >= WHOLE for r in rows)]
     resamples = Resamples(len(edits), STREAM)
-    moments = [_means({r.edits: [r.value] for r in rows}) for rows in edits]
+    moments = [
+        _means({r.edits: [r.value] for r in rows if r.final or ages is None or r.edits in ages})
+        for rows in edits
+    ]
     transfers = [_transfer(rows) for rows in edits]
     finals = [next(({"value": r.value} for r in rows if r.final), None) for rows in edits]
     return Retention(

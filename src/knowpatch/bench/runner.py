@@ -4,10 +4,11 @@ again, so that a run that was killed at any moment ends with the same rows."""
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -25,10 +26,11 @@ from knowpatch.data.source import Loaded, expanded, load
 from knowpatch.edited import EditedModel
 from knowpatch.editing import choose
 from knowpatch.errors import InputError
-from knowpatch.files import write_atomically
+from knowpatch.files import plain_storage_errors, source_digest, write_atomically
 from knowpatch.method import EditMethod
 from knowpatch.metrics.asker import Asker
 from knowpatch.metrics.catalogue import chosen
+from knowpatch.metrics.metric import Metric
 from knowpatch.progress import Progress, silent
 
 
@@ -71,7 +73,7 @@ class Cell:
         """Add rows that are not there yet, whole; what a kill cut off is written over."""
         new = [row for row in rows if not self.done(row.index, row.edits, row.final)]
         path = self.folder / "rows.jsonl"
-        with path.open("ab+") as file:
+        with plain_storage_errors(path), path.open("ab+") as file:
             file.seek(0)
             file.truncate(file.read().rfind(b"\n") + 1)
             file.write("".join(f"{dump(row)}\n" for row in new).encode())
@@ -95,6 +97,7 @@ class Runner:
         self, model: EditedModel, plan: Plan, out: Path, *, progress: Progress = silent
     ) -> None:
         self.model, self.plan, self.out, self.progress = model, plan, out, progress
+        Budget(plan.memory_bytes)
         self.metrics = chosen(plan.metrics)
         # Whatever is wrong with the plan shows before the first edit.
         self.methods = [self._method(one) for one in plan.methods]
@@ -103,15 +106,15 @@ class Runner:
     def run(self) -> list[Cell]:
         """Run all cells that are not finished; those of one dataset after each other, so that the
         unedited model is asked once."""
-        fields = self.plan.model_dump(mode="json", exclude_defaults=True)
+        fields = self.plan.absolute().model_dump(mode="json", exclude_defaults=True)
         write_atomically(self.out / "plan.yaml", yaml.safe_dump(fields).encode())
-        cells = []
-        for loaded in self.loaded:
-            for mode in self.plan.modes:
-                for method in self.methods:
-                    cells.append(self._cell(loaded, mode, method))
-                    self._run(cells[-1])
-        return cells
+        cells: dict[Path, Cell] = {}
+        for loaded, mode, method in product(self.loaded, self.plan.modes, self.methods):
+            cell = self._cell(loaded, mode, method)
+            if cell.folder not in cells:  # a method may be named twice
+                self._run(cell)
+                cells[cell.folder] = cell
+        return list(cells.values())
 
     def _method(self, plan: MethodPlan) -> EditMethod:
         options = {"chat": True, **plan.options} if self.plan.chat else plan.options
@@ -120,6 +123,7 @@ class Runner:
     def _cell(self, loaded: Loaded, mode: Mode, method: EditMethod) -> Cell:
         view = self.model.view
         cases = [case.sampled(self.plan.probes) for case in loaded.cases]
+        plugged = [type(method), *loaded.source, *(metric.ask for metric in self.metrics)]
         facts = CellFacts(
             model={"source": view.source, "fingerprint": view.fingerprint, "form": view.form},
             method=method.name,
@@ -134,7 +138,7 @@ class Runner:
             chat=self.plan.chat,
             metrics=tuple(metric.name for metric in self.metrics),
             ages=self.plan.ages if mode == "sequential" else (),
-            versions=_versions(),
+            versions=_versions(plugged, self.metrics),
         )
         return Cell.at(facts, self.out, method, cases)
 
@@ -143,6 +147,7 @@ class Runner:
         stage = f"{cell.facts.method} on {cell.facts.dataset}, {cell.facts.mode}"
         self.progress(stage, cell.finished, total)
         if cell.finished == total:
+            forget(cell.folder)  # a kill may have come in between
             return
         try:
             check_mode(cell.method, cell.facts.mode)
@@ -195,43 +200,41 @@ class Runner:
         for n, outcome in zip(good, scorer.after(asked), strict=True):
             outcomes[n] = outcome
         return [
-            _row(i, case, made, outcome, edits=round_.edits, final=round_.final)
+            _row(i, case, made, outcome, round_)
             for (i, case), made, outcome in zip(round_.cases, round_.made, outcomes, strict=True)
         ]
 
 
 def _row(
-    index: int,
-    case: Case,
-    made: Made,
-    outcome: Scores | str,
-    *,
-    edits: int = 1,
-    final: bool = True,
+    index: int, case: Case, made: Made, outcome: Scores | str, round_: Round | None = None
 ) -> Row:
+    failed = isinstance(outcome, str)
     return Row(
         case=case.id,
+        subject=next((r.subject or r.prompt for r in case.requests), ""),
         index=index,
-        edits=edits,
-        age=max(edits - 1 - index, 0) if edits > 1 else 0,
-        final=final,
+        edits=round_.edits if round_ else 1,
+        age=max(round_.edits - 1 - index, 0) if round_ and round_.aged else 0,
+        final=round_.final if round_ else True,
         scores={} if isinstance(outcome, str) else outcome,
-        seconds=made.seconds,
-        peak_mb=made.peak_mb,
+        seconds=made.seconds if case.requests and not failed else None,
+        peak_mb=made.peak_mb if case.requests and not failed else None,
         error=outcome if isinstance(outcome, str) else None,
     )
 
 
-@cache
-def _versions() -> dict[str, str]:
-    """What the rows depend on besides the plan: the library's own source, and what it runs on."""
-    root = Path(knowpatch.__file__).parent
-    source = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        source.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
-    return {
+def _versions(plugged: Sequence[object], metrics: Sequence[Metric]) -> dict[str, str]:
+    """What the rows depend on besides the plan: the library's own source, what it runs on, the
+    files of methods, datasets and metrics from elsewhere, and metrics' own settings."""
+    found = {
         "knowpatch": knowpatch.__version__,
-        "source": source.hexdigest()[:16],
+        "source": source_digest(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+    root = Path(knowpatch.__file__).parent
+    files = {Path(inspect.getfile(inspect.unwrap(one))) for one in plugged}  # type: ignore[arg-type]
+    for path in sorted(files):
+        if root not in path.parents:
+            found[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return found | {metric.name: metric.setting() for metric in metrics if metric.setting}

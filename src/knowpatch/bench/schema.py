@@ -16,12 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 
 from knowpatch.errors import DataError
 
 Mode = Literal["single", "batch", "sequential"]
-Values = dict[str, tuple[float, ...]]
+Values = dict[str, tuple[FiniteFloat, ...]]
 
 
 class CellFacts(BaseModel):
@@ -74,11 +74,12 @@ class Row(BaseModel):
 
     Attributes:
         case: its id; index: its number in the dataset, from 0.
+        subject: what it edits first, by which cases about one thing are told.
         edits: how many cases had been edited when it was scored (1 in single mode).
-        age: how many edits came after its own (0 in single mode).
+        age: how many edits came after its own, in sequential mode.
         final: whether this is the cell's last word on the case; rows at earlier ages are not.
         scores: by metric; a metric that does not apply to the case is left out.
-        seconds: of computing its patch (in batch mode: its share).
+        seconds: of computing its patch, per request; None where none was made.
         peak_mb: most memory in use while it was edited, in 10^6 bytes.
         error: why there are no scores, in one line; None where there are.
     """
@@ -86,6 +87,7 @@ class Row(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     case: str
+    subject: str = ""
     index: int
     edits: int = 1
     age: int = 0
@@ -136,4 +138,5 @@ def facts_of(folder: Path) -> CellFacts:
 
 def dump(model: BaseModel) -> str:
     """One line of JSON, keys in order."""
-    return json.dumps(model.model_dump(mode="json"), ensure_ascii=False, sort_keys=True)
+    plain = model.model_dump(mode="json")
+    return json.dumps(plain, ensure_ascii=False, sort_keys=True, allow_nan=False)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from pydantic import ValidationError
+
 from knowpatch.ask import Ask
 from knowpatch.bench.modes import described
 from knowpatch.bench.schema import ScoreRow
@@ -15,7 +17,7 @@ from knowpatch.data.case import Case
 from knowpatch.edited import EditedModel
 from knowpatch.errors import OptionError, PatchError
 from knowpatch.metrics.asker import Asker, Nobody
-from knowpatch.metrics.metric import Metric
+from knowpatch.metrics.metric import Metric, Score
 from knowpatch.patch import Patch
 
 log = logging.getLogger(__name__)
@@ -92,10 +94,14 @@ class Scorer:
             found = {m.name: m.ask(item.case, item.before, after) for m in self.metrics}
             results.append({name: result for name, result in found.items() if result})
         ask.run()
-        return [
-            {name: ScoreRow.model_validate(vars(result())) for name, result in case.items()}
-            for case in results
-        ]
+        return [{name: _row(result()) for name, result in case.items()} for case in results]
+
+
+def _row(score: Score) -> ScoreRow:
+    try:
+        return ScoreRow.model_validate(vars(score))
+    except ValidationError:  # no row holds what JSON cannot
+        return ScoreRow(unscored="a value is not finite")
 
 
 def _each(work: Callable[[Sequence[T]], list[R]], items: Sequence[T]) -> list[R | str]:

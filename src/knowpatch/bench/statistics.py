@@ -12,6 +12,7 @@ of matrices.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -123,8 +124,9 @@ class Resamples:
             share: whether values are shares, so that all zeros or all ones get Wilson's interval
                 (replicates of equal values are all equal and would claim certainty).
         """
-        [means] = self.means(records)
-        return summary_of(combined(means, combine), records, share=share)
+        wanted = column(records, "value") if combine is plain else records
+        [means] = self.means(wanted)
+        return summary_of(combined(means, combine), wanted, share=share)
 
 
 def _drawn(n: int, design: Design, replicates: int, seed: int) -> Iterator[Floats]:
@@ -176,8 +178,11 @@ def _one(means: dict[str, float], combine: Combine) -> float:
 
 
 def having(records: Records) -> int:
-    """How many records have any column."""
-    return sum(1 for record in records if record)
+    """How many records have the scarcest of the columns."""
+    counts = Counter(
+        name for record in records for name, value in (record or {}).items() if math.isfinite(value)
+    )
+    return min(counts.values(), default=0)
 
 
 def column(records: Records, name: str) -> Records:
@@ -200,12 +205,9 @@ def summary_of(curve: Floats, records: Records, *, share: bool = False) -> Summa
 
 
 def _uniform(records: Records) -> int | None:
-    """The number of successes where one column is 0 in all records, or 1 in all."""
-    given = [record for record in records if record]
-    if len({name for record in given for name in record}) != 1:
-        return None
-    values = {value for record in given for value in record.values()}
-    return (len(given) if values == {1.0} else 0) if values in ({0.0}, {1.0}) else None
+    """The number of successes where every column is 0 in all records, or 1 in all."""
+    values = {value for record in records for value in (record or {}).values()}
+    return (having(records) if values == {1.0} else 0) if values in ({0.0}, {1.0}) else None
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:

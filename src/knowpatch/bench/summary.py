@@ -12,7 +12,6 @@ from typing import Literal
 from knowpatch.bench.retention import Retention, Scored, retention
 from knowpatch.bench.schema import CellFacts, Row, ScoreRow, facts_of, rows_of
 from knowpatch.bench.statistics import (
-    RECORDS,
     STREAM,
     Combine,
     Design,
@@ -83,10 +82,11 @@ class Cell:
         found = {row.case: row for row in self.rows if row.final}
         return sorted(found.values(), key=lambda row: row.index)
 
-    @property
-    def design(self) -> Design:
-        """Which records hang together."""
-        return STREAM if self.facts.mode == "sequential" else RECORDS
+    def design(self, rows: Sequence[Row]) -> Design:
+        """Which records hang together: a stream's neighbours, and cases about one subject."""
+        if self.facts.mode == "sequential":
+            return STREAM
+        return Design(groups=tuple(row.subject or row.case for row in rows))
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def summarise(cell: Cell, catalogue: Catalogue, expected: int | None = None) -> 
         expected: how many cases it should have; by default as many as were asked for.
     """
     final = cell.final
-    resamples = Resamples(len(final), cell.design)
+    resamples = Resamples(len(final), cell.design(final))
     seconds = [row.seconds for row in final if row.seconds is not None]
     peaks = [row.peak_mb for row in final if row.peak_mb is not None]
     # The plan's order first, then what else there is.
@@ -213,7 +213,7 @@ def summarise(cell: Cell, catalogue: Catalogue, expected: int | None = None) -> 
             for r in readings
             if any(r.name in row.scores for row in final)
         },
-        failures=tuple((row.case, row.error) for row in cell.rows if row.error is not None),
+        failures=tuple(dict.fromkeys((r.case, r.error) for r in cell.rows if r.error is not None)),
         seconds=(statistics.median(seconds), statistics.fmean(seconds)) if seconds else None,
         peak_mb=max(peaks, default=None),
         retention=_retention(cell, readings),
@@ -283,7 +283,7 @@ def _retention(cell: Cell, readings: Sequence[Reading]) -> dict[str, Retention]:
             value = record_value(how, row.scores.get(how.name))
             if value is not None:
                 scored.append(Scored(row.index, row.edits, row.age, value, row.final))
-        if told := retention(scored, share=how.percent):
+        if told := retention(scored, share=how.percent, ages=cell.facts.ages):
             found[how.name] = told
     return found
 

@@ -17,13 +17,15 @@ from knowpatch.cli.options import Json, Model
 FAILURES = 5
 """Failures shown; the report shows all."""
 
+NOTHING = {"mean": None, "low": None, "high": None, "n": 0}
+
 app = typer.Typer(
     no_args_is_help=True, help="Compare methods: run a plan of cells, and report on the rows."
 )
 
-Limit = Annotated[int | None, typer.Option(help="Cases of each dataset; all by default.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Cases of each dataset; by default all.")]
 Probes = Annotated[
-    int | None, typer.Option(help="Most questions of each kind and case; all by default.")
+    int | None, typer.Option(min=1, help="Most questions of each kind and case; by default all.")
 ]
 Metrics = Annotated[str | None, typer.Option(help="Metrics or groups, comma-separated, or all.")]
 Seed = Annotated[int | None, typer.Option(help="Of everything an edit samples.")]
@@ -160,19 +162,19 @@ def _short(folder: Path) -> dict[str, Any]:
         "split": cell.facts.split,
         "mode": cell.facts.mode,
         "n": cell.records,
-        "failed": len(cell.failures),
+        "failed": len({case for case, _ in cell.failures}),
         "failures": [{"case": case, "error": error} for case, error in cell.failures],
         "metrics": {
             name: {
-                **asdict(metric.after),
+                **(asdict(metric.after) if metric.after else NOTHING),
                 "protocol": metric.reading.protocol,
                 "before": metric.before.mean if metric.before else None,
+                "n_before": metric.before.n if metric.before else 0,
                 "published": metric.reading.published,
                 "percent": metric.reading.percent,
-                "unscored": sum(metric.unscored.values()),
+                "unscored": dict(metric.unscored),
             }
             for name, metric in cell.metrics.items()
-            if metric.after is not None
         },
         "seconds_per_edit": cell.seconds and cell.seconds[1],
         "peak_mb": cell.peak_mb,
@@ -194,6 +196,10 @@ def _print(short: dict[str, Any]) -> None:
     for name, metric in short["metrics"].items():
         table.add_row(*_columns(name, metric))
     console.print(table)
+    for name, metric in short["metrics"].items():
+        for reason, count in metric["unscored"].items():
+            said = f"  {name}: {count} cases unscored: {reason}"
+            console.print(said, style="dim", markup=False, soft_wrap=True)
     for failure in short["failures"][:FAILURES]:
         console.print(f"  {failure['case']}: {failure['error']}", markup=False, soft_wrap=True)
     if short["seconds_per_edit"] is not None:

@@ -68,16 +68,15 @@ def describe(name: str, data: Path | None) -> dict[str, Any]:
 
 
 def _split(dataset: type[Dataset], split: str, data: Path | None) -> dict[str, Any]:
-    from knowpatch import __version__
     from knowpatch.data.source import load, present
     from knowpatch.errors import DataError
-    from knowpatch.files import remembered
+    from knowpatch.files import remembered, source_digest
 
     paths = present(dataset, split, data)
     facts: dict[str, Any] = {"name": split, "files": list(dataset.files[split]), "cases": None}
     if paths:
         facts["files"] = [str(path) for path in paths]
-        what = f"cases of {dataset.name}:{split} by {__version__}"
+        what = f"cases of {dataset.name}:{split} by {source_digest()}"
         try:
             facts["cases"] = remembered(
                 what, paths, lambda: len(load(dataset.name, split=split, data=data).cases)

@@ -32,7 +32,10 @@ def run(
     from knowpatch.data.jsonl import write_cases
     from knowpatch.data.make import make
     from knowpatch.editing import load
+    from knowpatch.errors import OptionError
 
+    if out.suffix != ".jsonl":
+        raise OptionError(f"{out}: a file of cases ends in .jsonl")
     with screen.reporting() as report:
         edited = None if any_ else load(model, device=device, dtype=dtype, progress=report)
         made = make(count, seed=seed, model=edited, relations=relations, progress=report)

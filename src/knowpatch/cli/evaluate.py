@@ -37,9 +37,13 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Score one method on one dataset: means with 95 % intervals, seconds and memory."""
+    from knowpatch.data.source import expanded
+    from knowpatch.errors import OptionError
     from knowpatch.files import cache_folder
     from knowpatch.method import parse_options
 
+    if len(expanded([dataset])) > 1:
+        raise OptionError(f"{dataset!r} is several datasets: give one, or use knowpatch bench run")
     folder = out or cache_folder() / "evaluate"
     given = {
         "methods": [{"name": method, "options": parse_options(set_ or [])}],

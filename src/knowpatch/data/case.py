@@ -94,13 +94,18 @@ class Case:
         return found
 
     def sampled(self, most: int | None) -> Case:
-        """This case with at most `most` probes of each kind, chosen by their hash, in order."""
+        """This case with at most `most` probes of each kind, chosen by their hash, in order.
+
+        All edited prompts are kept, and all parts of a chain: fewer would be another question.
+        """
         if most is None:
             return self
         kept: set[int] = set()
         for kind in {probe.kind for probe in self.probes}:
             mine = [i for i, probe in enumerate(self.probes) if probe.kind == kind]
-            kept.update(sorted(mine, key=lambda i: _hash(self.probes[i]))[:most])
+            if kind not in (REWRITE, MULTIHOP, HOP):
+                mine = sorted(mine, key=lambda i: _hash(self.probes[i]))[:most]
+            kept.update(mine)
         return replace(self, probes=tuple(p for i, p in enumerate(self.probes) if i in kept))
 
 

@@ -131,6 +131,8 @@ def marked(cases: Iterable[Case]) -> Iterator[Case]:
         if case.id in ids:
             raise DataError(f"two cases have the id {case.id!r}")
         ids.add(case.id)
+        if SAME_TARGET not in case.oddities and any(map(_repeats, case.requests)):
+            case = replace(case, oddities=(*case.oddities, SAME_TARGET))
         if case.requests:
             edits = tuple((request.prompt, request.target) for request in case.requests)
             asked = tuple(request.prompt for request in case.requests)
@@ -141,6 +143,10 @@ def marked(cases: Iterable[Case]) -> Iterator[Case]:
             same.setdefault(edits, case.id)
             prompts.setdefault(asked, case.id)
         yield case
+
+
+def _repeats(request: EditRequest) -> bool:
+    return request.old is not None and request.old.strip() == request.target.strip()
 
 
 def tally(cases: Sequence[Case]) -> Mapping[str, int]:

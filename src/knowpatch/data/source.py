@@ -37,6 +37,7 @@ class Loaded:
         cases: as many as were asked for.
         digest: SHA-256 of the files' contents, one after the other.
         paths: the files.
+        source: the dataset's class; none for a file of one's own.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Loaded:
     cases: tuple[Case, ...]
     digest: str
     paths: tuple[Path, ...]
+    source: tuple[type[Dataset], ...] = ()
 
 
 def load(
@@ -72,7 +74,7 @@ def load(
             raise OptionError(f"{name}: a file has no split {split!r}; leave the split out")
         path = Path(name)
         content = read_bytes(path)
-        cases = _cases(cases_of(content), limit, [path])
+        cases = _cases(marked(cases_of(content)), limit, [path])
         return Loaded(path.name, ALL, cases, hashlib.sha256(content).hexdigest(), (path,))
     dataset, chosen = resolve(name, split)
     paths = find(dataset, chosen, data)
@@ -80,11 +82,15 @@ def load(
     parsed = [_parsed(content, path) for content, path in zip(contents, paths, strict=True)]
     cases = _cases(marked(dataset().cases(*parsed)), limit, paths)
     digest = hashlib.sha256(b"".join(contents)).hexdigest()
-    return Loaded(dataset.name, chosen, cases, digest, tuple(paths))
+    return Loaded(dataset.name, chosen, cases, digest, tuple(paths), (dataset,))
 
 
 def resolve(name: str, split: str | None = None) -> tuple[type[Dataset], str]:
     """The dataset and the split that a name means; OptionError if there is none such."""
+    if Path(name).is_file():
+        raise DataError(
+            f"{name}: a file of cases ends in {OWN}; see docs/data.md for what it holds"
+        )
     stem, colon, named = name.partition(":")
     dataset = DATASETS.get(stem)
     if colon and split not in (None, named):

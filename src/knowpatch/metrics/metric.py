@@ -46,9 +46,10 @@ class Score:
     unscored: str | None = None
 
     @classmethod
-    def none(cls, reason: str) -> Score:
-        """A case that the metric applies to but cannot score."""
-        return cls({}, None, reason)
+    def none(cls, reason: str, before: Values | None = None) -> Score:
+        """A case that the metric applies to but cannot score; the unedited model's value, if there
+        is one, counts all the same."""
+        return cls({}, before or None, reason)
 
 
 def macro(values: Values | None) -> float | None:
@@ -89,6 +90,7 @@ class Metric:
         better: whether more or less is better, or neither.
         published: whether it repeats a published computation with its faults, for comparison only.
         percent: whether it is a share, shown as a percentage.
+        setting: what its values depend on besides the models (a judge), as text.
         columns: a record's score as numbers whose means over records are taken.
         combine: those means to the metric's value; by default there is one, "value". Intervals
             resample records and combine anew.
@@ -101,6 +103,7 @@ class Metric:
     better: Literal["more", "less", "neither"] = "more"
     published: bool = False
     percent: bool = True
+    setting: Callable[[], str] | None = field(default=None, repr=False)
     columns: Callable[[Values], Columns] = field(default=value_columns, repr=False)
     combine: Callable[[Columns], float | None] = field(
         default=lambda means: means.get("value"), repr=False

@@ -55,8 +55,8 @@ def both(
         return None
 
     def result() -> Score:
-        after = values_of(new, of)
-        return Score(after, values_of(old, of)) if after else Score.none(none)
+        before, after = values_of(old, of), values_of(new, of)
+        return Score(after, before) if after else Score.none(none, before)
 
     return result
 

@@ -155,11 +155,15 @@ class Distributions(Scored):
         All other tokens are taken as one, so it is a lower bound of the whole divergence, and
         equal to it where the rest is negligible.
         """
-        ids = torch.tensor(base.top_ids, device=self.logprobs_NV.device)
-        p_NK = torch.tensor(base.top_logprobs, dtype=torch.float64).exp()
-        q_NK = self.logprobs_NV.gather(1, ids).cpu().double().exp()
-        tiny = torch.finfo(torch.float64).tiny
-        p_N1, q_N1 = (1 - p_NK.sum(1, True)).clamp(min=0), (1 - q_NK.sum(1, True)).clamp(min=tiny)
-        p, q = torch.cat([p_NK, p_N1], 1), torch.cat([q_NK.clamp(min=tiny), q_N1], 1)
-        found: list[float] = torch.special.xlogy(p, p / q).sum(1).clamp(min=0).tolist()
-        return tuple(found)
+        ids_NK = torch.tensor(base.top_ids, device=self.logprobs_NV.device)
+        p_NK = torch.tensor(base.top_logprobs, dtype=torch.float64)
+        q_NK = self.logprobs_NV.gather(1, ids_NK).double().cpu()
+        found_N = (p_NK.exp() * (p_NK - q_NK)).sum(1)
+        if ids_NK.shape[1] < self.logprobs_NV.shape[1]:
+            # One minus a sum of exponentials would lose a small rest to rounding.
+            others_NV = self.logprobs_NV.double()
+            others_NV = others_NV.scatter(1, ids_NK, float("-inf"))
+            p_N = (1 - p_NK.exp().sum(1)).clamp(min=0)
+            q_N = others_NV.logsumexp(1).cpu()
+            found_N = found_N + torch.special.xlogy(p_N, p_N) - p_N * q_N
+        return tuple(found_N.clamp(min=0).tolist())

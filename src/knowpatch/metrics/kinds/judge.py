@@ -116,7 +116,16 @@ class Judge:
         return text
 
 
-@metric(protocol="judge", about="a judge reads the free answer to the edited prompt as the target")
+def _named() -> str:
+    """Which judge the rows are of."""
+    return " ".join(os.environ.get(name, "") for name in (URL, MODEL)).strip()
+
+
+@metric(
+    protocol="judge",
+    about="a judge reads the free answer to the edited prompt as the target",
+    setting=_named,
+)
 def success_judge(case: Case, before: Asker, after: Asker) -> Result | None:
     if not any(_expected(case, probe) for probe in case.of(REWRITE)):
         return None

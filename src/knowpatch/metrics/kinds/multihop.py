@@ -69,8 +69,9 @@ def _any(
         return {"": [max(_flat(questions[number], right))]}
 
     def result() -> Score:
-        after = values(1)
-        return Score(after, values(0)) if after else Score.none("not all single hops are answered")
+        before, after = values(0), values(1)
+        reason = "not all single hops are answered"
+        return Score(after, before) if after else Score.none(reason, before)
 
     return result
 

@@ -9,6 +9,7 @@ the few worst. Neither says anything of unrelated text.
 from __future__ import annotations
 
 import math
+import sys
 from functools import partial
 
 from knowpatch.data.case import REWRITE, Case, Probe
@@ -26,6 +27,8 @@ from knowpatch.metrics.metric import (
 from knowpatch.metrics.queries import Asked, both, forcible, per_probe
 from knowpatch.models.passes import Scored
 
+LARGEST = math.log(sys.float_info.max)
+
 
 def _first(model: Asker, probe: Probe) -> Future[Scored] | None:
     answers = forcible(probe.aliases)
@@ -34,7 +37,12 @@ def _first(model: Asker, probe: Probe) -> Future[Scored] | None:
 
 def of_corpus(means: Columns) -> float | None:
     """Records' means of both columns to the corpus's perplexity: their ratio is the sums' ratio."""
-    return math.exp(means["nll"] / means["tokens"]) if means.get("tokens") else None
+    return perplexity(means["nll"] / means["tokens"]) if means.get("tokens") else None
+
+
+def perplexity(nll: float) -> float:
+    """The exponential of a mean per token; the largest number there is where that is beyond it."""
+    return math.exp(min(nll, LARGEST))
 
 
 @metric(
@@ -71,7 +79,7 @@ def perplexity_tf_published(case: Case, before: Asker, after: Asker) -> Result |
         REWRITE,
         (before, after),
         _first,
-        lambda _, asked: math.exp(-asked.result().mean_logprob),
+        lambda _, asked: perplexity(-asked.result().mean_logprob),
     )
 
 
