@@ -21,6 +21,7 @@ class Future(Generic[T]):
     def result(self) -> T:
         if not self.done:
             self._run()
+        assert self.done, "asked for while the questions that it waits with are being answered"
         assert self._found, "this result was read as it came, and not kept"
         return self._found[0]
 

@@ -106,7 +106,7 @@ def _logits(model):
 def _measured(model, cases, patches):
     """What the metrics say of each case, all asked before anything is answered."""
     ask = Ask(model)
-    before = Asker(ask, ())
+    before = Asker(Ask(model), ())
     asked = []
     for case, patch in zip(cases, patches, strict=True):
         after = Asker(ask, (patch,))
