@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 from knowpatch.bench.figures import COLOURS, Chart, Figure, Heat, Series
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 
 MARKERS = "osD^vPX*"
 INCH, DOTS = 0.32, 110
+LETTERS = 12
+"""Of a title, in an inch."""
 
 
 def picture(figure: Figure) -> bytes:
@@ -20,10 +23,12 @@ def picture(figure: Figure) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
 
-    canvas = Canvas(figsize=_size(figure), dpi=DOTS, layout="constrained")
+    size = _size(figure)
+    canvas = Canvas(figsize=size, dpi=DOTS, layout="constrained")
     FigureCanvasAgg(canvas)
     axes = canvas.add_subplot()
-    axes.set_title(_safe(figure.title), fontsize=9, loc="left")
+    title = fill(_safe(figure.title), int(LETTERS * size[0]))
+    canvas.suptitle(title, x=0.01, ha="left", fontsize=9)
     if isinstance(figure, Heat):
         _heat(axes, figure)
     else:
