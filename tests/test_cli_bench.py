@@ -707,3 +707,13 @@ def test_a_score_that_is_whole_in_every_case_is_not_certain():
     metric = catalogue()["prob_score"]
     whole = [{"efficacy": 1.0, "paraphrase": 1.0, "neighbourhood": 1.0}] * 4
     assert bootstrap(whole, metric.combine, share=metric.percent).low < 1
+
+
+def test_a_run_in_which_every_case_fails_ends_with_1(evaluate, cwd):
+    """Rows carry the errors; a script learns of it by the exit code."""
+    nowhere = {"prompt": "The capital of France is", "target": "Rome"}
+    write(cwd / "odd.jsonl", nowhere)
+    failing = evaluate("--dataset", "odd.jsonl", "--method", "rome", "--json")
+    assert failing.code == 1, failing
+    assert failing.json()["failed"] == failing.json()["n"] == 1
+    assert "subject" in failing.json()["failures"][0]["error"]

@@ -1,6 +1,7 @@
 """The command line: one file per verb; whatever is slow to import is imported inside the verb.
 
-Exit codes: 0 done, 1 an edit that did not take, 2 input that cannot be used (one line on stderr).
+Exit codes: 0 done, 1 an edit that did not take or a run in which all failed, 2 input that cannot be
+used (one line on stderr).
 """
 
 from __future__ import annotations

@@ -63,7 +63,10 @@ def run(
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or 8bit.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Run methods on datasets. Killed at any moment, the same command goes on where it stopped."""
+    """Run methods on datasets. Killed at any moment, the same command goes on where it stopped.
+
+    A case that fails is a row with its error. Exit code 1: every case of some cell failed.
+    """
     given = {
         "methods": split(methods),
         "datasets": split(datasets),
@@ -81,7 +84,8 @@ def run(
         "dtype": dtype,
     }
     cells = run_plan(plan, given, out)
-    show(cells, out, as_json=as_json)
+    failed = show(cells, out, as_json=as_json)
+    raise typer.Exit(code=int(failed))
 
 
 @app.command()
@@ -125,12 +129,13 @@ def run_plan(path: Path | None, given: dict[str, Any], out: Path) -> list[Any]:
         return Runner(model, plan, out, progress=progress).run()
 
 
-def show(cells: list[Any], out: Path, *, as_json: bool) -> None:
-    """What came of the cells, in short; the report has the rest."""
+def show(cells: list[Any], out: Path, *, as_json: bool) -> bool:
+    """What came of the cells, in short. Whether one of them failed in every case."""
     found = [_short(cell.folder) for cell in cells]
+    failed = any(short["failed"] == short["n"] for short in found)
     if as_json:
         screen.print_json(found)
-        return
+        return failed
     for short in found:
         _print(short)
     screen.out().print(
@@ -139,15 +144,17 @@ def show(cells: list[Any], out: Path, *, as_json: bool) -> None:
         markup=False,
         soft_wrap=True,
     )
+    return failed
 
 
-def show_one(cell: Any, *, as_json: bool) -> None:
-    """What came of one cell."""
+def show_one(cell: Any, *, as_json: bool) -> bool:
+    """What came of one cell. Whether every case of it failed."""
     short = _short(cell.folder)
     if as_json:
         screen.print_json(short)
     else:
         _print(short)
+    return bool(short["failed"] == short["n"])
 
 
 def _short(folder: Path) -> dict[str, Any]:

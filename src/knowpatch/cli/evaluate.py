@@ -36,7 +36,10 @@ def run(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or 8bit.")] = "auto",
     as_json: Json = False,
 ) -> None:
-    """Score one method on one dataset: means with 95 % intervals, seconds and memory."""
+    """Score one method on one dataset: means with 95 % intervals, seconds and memory.
+
+    Exit code 1: every case failed.
+    """
     from knowpatch.data.source import expanded
     from knowpatch.errors import OptionError
     from knowpatch.files import cache_folder
@@ -62,4 +65,4 @@ def run(
         "dtype": dtype,
     }
     (cell,) = bench.run_plan(None, given, folder)
-    bench.show_one(cell, as_json=as_json)
+    raise typer.Exit(code=int(bench.show_one(cell, as_json=as_json)))
