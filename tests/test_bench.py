@@ -16,7 +16,7 @@ import pytest
 import tiny
 
 from knowpatch.bench import runner as running
-from knowpatch.bench.memory import MOST, Budget, Meter
+from knowpatch.bench.memory import MOST, Budget, Meter, check_room
 from knowpatch.bench.plan import Plan, bytes_of, make_plan, read_plan
 from knowpatch.bench.runner import Runner
 from knowpatch.bench.schema import facts_of, rows_of
@@ -267,7 +267,7 @@ def test_memory_decides_how_many_cases_at_once():
     budget.used(budget.start + 10**13)
     assert budget.cases == 1
     with pytest.raises(OptionError, match="the model alone takes"):
-        Budget(1000)
+        check_room(1000)
 
 
 def test_the_meter_sees_what_a_block_takes(model):

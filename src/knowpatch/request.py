@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
 from knowpatch.errors import RequestError, did_you_mean
+from knowpatch.reading import decode, parse, read_bytes
 
 log = logging.getLogger(__name__)
 
@@ -131,31 +131,23 @@ def read_requests(path: str | Path) -> list[EditRequest]:
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise RequestError(f"{path}: unknown ending {path.suffix!r}; allowed: {', '.join(readers)}")
-    text = _read_text(path)
-    requests = []
-    for place, fields in reader(text, path):
-        if not isinstance(fields, dict):
-            raise RequestError(f"{path}, {place}: expected an object with prompt and target")
-        try:
-            requests.append(EditRequest(**{str(name): value for name, value in fields.items()}))
-        except ValidationError as error:
-            raise RequestError(f"{path}, {place}: {explain(error)}") from None
+    content = read_bytes(path, RequestError)
+    try:
+        requests = [_request(f, place) for place, f in reader(decode(content, RequestError))]
+    except RequestError as error:
+        raise RequestError(f"{path}: {error}") from None
     if not requests:
         raise RequestError(f"{path}: holds no request; give at least one with prompt and target")
     return requests
 
 
-def _read_text(path: Path) -> str:
+def _request(fields: Any, place: str) -> EditRequest:
+    if not isinstance(fields, dict):
+        raise RequestError(f"{place}: expected an object with prompt and target")
     try:
-        return path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        raise RequestError(f"{path}: no such file") from None
-    except OSError as error:
-        raise RequestError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise RequestError(
-            f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8"
-        ) from None
+        return EditRequest(**{str(name): value for name, value in fields.items()})
+    except ValidationError as error:
+        raise RequestError(f"{place}: {explain(error)}") from None
 
 
 Entries = Iterator[tuple[str, Any]]
@@ -167,37 +159,23 @@ def _entries(loaded: Any) -> Entries:
         yield f"entry {number}", item
 
 
-def _json(text: str, path: Path) -> Entries:
-    try:
-        loaded = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        line = getattr(error, "lineno", 1)
-        raise RequestError(f"{path}, line {line}: not JSON ({_reason(error)})") from None
-    return _entries(loaded)
+def _json(text: str) -> Entries:
+    return _entries(parse(text, RequestError))
 
 
-def _jsonl(text: str, path: Path) -> Entries:
+def _jsonl(text: str) -> Entries:
     # Not splitlines: U+2028 and its like may stand inside a JSON string.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            try:
-                yield f"line {number}", json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise RequestError(f"{path}, line {number}: not JSON ({_reason(error)})") from None
+            yield f"line {number}", parse(line, RequestError, line=number)
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, RecursionError):
-        return "nested too deeply"
-    return str(getattr(error, "msg", None) or str(error).split(";")[0])
-
-
-def _csv(text: str, path: Path) -> Entries:
+def _csv(text: str) -> Entries:
     reader = csv.DictReader(io.StringIO(text), strict=True)
     try:
         for row in reader:
             if None in row:
-                raise RequestError(f"{path}, line {reader.line_num}: more cells than the header")
+                raise RequestError(f"line {reader.line_num}: more cells than the header")
             fields: dict[str, Any] = {name: cell for name, cell in row.items() if cell}
             if "rephrases" in fields:
                 parts = (part.strip() for part in fields["rephrases"].split("|"))
@@ -205,7 +183,7 @@ def _csv(text: str, path: Path) -> Entries:
             yield f"line {reader.line_num}", fields
     except csv.Error as error:
         line = reader.reader.line_num
-        raise RequestError(f"{path}, line {line}: not CSV ({error})") from None
+        raise RequestError(f"line {line}: not CSV ({error})") from None
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -226,7 +204,7 @@ for _tag in ("int", "float", "bool", "timestamp"):
     _PlainLoader.add_constructor(f"tag:yaml.org,2002:{_tag}", _as_text)
 
 
-def _yaml(text: str, path: Path) -> Entries:
+def _yaml(text: str) -> Entries:
     try:
         loaded = yaml.load(text, Loader=_PlainLoader)
     except (yaml.YAMLError, RecursionError) as error:
@@ -234,5 +212,5 @@ def _yaml(text: str, path: Path) -> Entries:
         line = mark.line + 1 if mark else 1
         said = getattr(error, "problem", None) or getattr(error, "reason", None)
         reason = said or "nested too deeply"
-        raise RequestError(f"{path}, line {line}: not YAML ({reason})") from None
+        raise RequestError(f"line {line}: not YAML ({reason})") from None
     return _entries(loaded)

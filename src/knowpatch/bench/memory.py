@@ -54,7 +54,22 @@ def peak() -> int:
         lines = _STATUS.read_text().splitlines()
         line = next(line for line in lines if line.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024
+    return in_use()
+
+
+def in_use() -> int:
+    """Bytes of the process now."""
     return int(psutil.Process().memory_info().rss)
+
+
+def check_room(limit: int | None) -> None:
+    """OptionError if what is loaded takes all that may be used."""
+    used = in_use()
+    if limit is not None and used >= limit:
+        raise OptionError(
+            f"the model alone takes {used / 1e6:.0f} MB of the {limit / 1e6:.0f} MB that "
+            "may be used: give more memory, or load it in bfloat16 or 8 bits"
+        )
 
 
 class Budget:
@@ -65,12 +80,7 @@ class Budget:
 
     def __init__(self, limit: int | None) -> None:
         self.limit = limit
-        self.start = peak() if limit is None else int(psutil.Process().memory_info().rss)
-        if limit is not None and self.start >= limit:
-            raise OptionError(
-                f"the model alone takes {self.start / 1e6:.0f} MB of the {limit / 1e6:.0f} MB that "
-                "may be used: give more memory, or load it in bfloat16 or 8 bits"
-            )
+        self.start = peak() if limit is None else in_use()
         self.cases = MOST if limit is None else 1
 
     def used(self, bytes_: int) -> None:

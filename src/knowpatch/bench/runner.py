@@ -16,7 +16,7 @@ import transformers
 import yaml
 
 import knowpatch
-from knowpatch.bench.memory import Budget, peak
+from knowpatch.bench.memory import Budget, check_room, peak
 from knowpatch.bench.modes import MODES, Made, Round, Work, check_mode, forget
 from knowpatch.bench.plan import MethodPlan, Plan
 from knowpatch.bench.schema import CellFacts, Mode, Row, dump, facts_of, rows_of
@@ -97,11 +97,14 @@ class Runner:
         self, model: EditedModel, plan: Plan, out: Path, *, progress: Progress = silent
     ) -> None:
         self.model, self.plan, self.out, self.progress = model, plan, out, progress
-        Budget(plan.memory_bytes)
+        check_room(plan.memory_bytes)
         self.metrics = chosen(plan.metrics)
         # Whatever is wrong with the plan shows before the first edit.
         self.methods = [self._method(one) for one in plan.methods]
-        self.loaded = [load(n, data=plan.data, limit=plan.limit) for n in expanded(plan.datasets)]
+        self.loaded = [
+            load(name, data=plan.data, limit=plan.limit).sampled(plan.probes)
+            for name in expanded(plan.datasets)
+        ]
 
     def run(self) -> list[Cell]:
         """Run all cells that are not finished; those of one dataset after each other, so that the
@@ -122,7 +125,6 @@ class Runner:
 
     def _cell(self, loaded: Loaded, mode: Mode, method: EditMethod) -> Cell:
         view = self.model.view
-        cases = [case.sampled(self.plan.probes) for case in loaded.cases]
         plugged = [type(method), *loaded.source, *(metric.ask for metric in self.metrics)]
         facts = CellFacts(
             model={"source": view.source, "fingerprint": view.fingerprint, "form": view.form},
@@ -133,14 +135,14 @@ class Runner:
             split=loaded.split,
             digest=loaded.digest,
             mode=mode,
-            limit=len(cases),
+            limit=len(loaded.cases),
             probes=self.plan.probes,
             chat=self.plan.chat,
             metrics=tuple(metric.name for metric in self.metrics),
             ages=self.plan.ages if mode == "sequential" else (),
             versions=_versions(plugged, self.metrics),
         )
-        return Cell.at(facts, self.out, method, cases)
+        return Cell.at(facts, self.out, method, loaded.cases)
 
     def _run(self, cell: Cell) -> None:
         total = len(cell.cases)

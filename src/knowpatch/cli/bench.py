@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.markup import escape
@@ -83,9 +83,12 @@ def run(
         "device": device,
         "dtype": dtype,
     }
-    cells = run_plan(plan, given, out)
-    failed = show(cells, out, as_json=as_json)
-    raise typer.Exit(code=int(failed))
+    found = run_plan(plan, given, out)
+    show(found, found, as_json=as_json)
+    if not as_json:
+        said = f"rows in {out}; all of it: knowpatch bench report {out}"
+        screen.out().print(said, style="dim", markup=False, soft_wrap=True)
+    finish(found)
 
 
 @app.command()
@@ -111,8 +114,8 @@ def split(text: str | None) -> list[str] | None:
     return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
 
 
-def run_plan(path: Path | None, given: dict[str, Any], out: Path) -> list[Any]:
-    """The cells of a plan (a file's, with `given` over it), run into `out`."""
+def run_plan(path: Path | None, given: dict[str, Any], out: Path) -> list[dict[str, Any]]:
+    """What came of the cells of a plan (a file's, with `given` over it), run into `out`."""
     from knowpatch.bench.plan import make_plan, read_plan
     from knowpatch.bench.runner import Runner
     from knowpatch.editing import load
@@ -126,35 +129,22 @@ def run_plan(path: Path | None, given: dict[str, Any], out: Path) -> list[Any]:
     plan = make_plan(fields)
     with screen.reporting(remaining=True) as progress:
         model = load(plan.model, device=plan.device, dtype=plan.dtype, progress=progress)
-        return Runner(model, plan, out, progress=progress).run()
+        cells = Runner(model, plan, out, progress=progress).run()
+    return [_short(cell.folder) for cell in cells]
 
 
-def show(cells: list[Any], out: Path, *, as_json: bool) -> bool:
-    """What came of the cells, in short. Whether one of them failed in every case."""
-    found = [_short(cell.folder) for cell in cells]
-    failed = any(short["failed"] == short["n"] for short in found)
+def show(found: list[dict[str, Any]], document: Any, *, as_json: bool) -> None:
+    """The cells for a person, or a document of them for a program."""
     if as_json:
-        screen.print_json(found)
-        return failed
+        screen.print_json(document)
+        return
     for short in found:
         _print(short)
-    screen.out().print(
-        f"rows in {out}; all of it: knowpatch bench report {out}",
-        style="dim",
-        markup=False,
-        soft_wrap=True,
-    )
-    return failed
 
 
-def show_one(cell: Any, *, as_json: bool) -> bool:
-    """What came of one cell. Whether every case of it failed."""
-    short = _short(cell.folder)
-    if as_json:
-        screen.print_json(short)
-    else:
-        _print(short)
-    return bool(short["failed"] == short["n"])
+def finish(found: list[dict[str, Any]]) -> NoReturn:
+    """End: with 1 if every case of some cell failed."""
+    raise typer.Exit(code=int(any(short["failed"] == short["n"] for short in found)))
 
 
 def _short(folder: Path) -> dict[str, Any]:

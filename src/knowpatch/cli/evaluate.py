@@ -64,5 +64,6 @@ def run(
         "device": device,
         "dtype": dtype,
     }
-    (cell,) = bench.run_plan(None, given, folder)
-    raise typer.Exit(code=int(bench.show_one(cell, as_json=as_json)))
+    found = bench.run_plan(None, given, folder)
+    bench.show(found, found[0], as_json=as_json)
+    bench.finish(found)

@@ -27,9 +27,10 @@ from typing import Any
 
 from knowpatch.data.case import REWRITE, Answers, Case, Probe, accepted
 from knowpatch.data.draft import request_of
-from knowpatch.data.records import Record, called, checked_kind, decode, parse, read_bytes
+from knowpatch.data.records import Record, called, checked_kind
 from knowpatch.errors import DataError, did_you_mean
 from knowpatch.files import write_atomically
+from knowpatch.reading import decode, parse, read_bytes
 from knowpatch.request import EditRequest
 
 REQUEST = tuple(EditRequest.model_fields)
@@ -45,7 +46,7 @@ def read_cases(path: Path) -> list[Case]:
         DataError: naming the file, the line, and what is wrong with it.
     """
     try:
-        return list(cases_of(read_bytes(path)))
+        return list(cases_of(read_bytes(path, DataError)))
     except DataError as error:
         text = str(error)
         raise DataError(text if text.startswith(f"{path}:") else f"{path}: {text}") from None
@@ -55,9 +56,9 @@ def cases_of(content: bytes) -> Iterator[Case]:
     """The cases of a file's content; DataError naming the line."""
     ids: dict[str, int] = {}
     # Not splitlines: U+2028 and its like may stand inside a JSON string.
-    for number, line in enumerate(decode(content).split("\n"), 1):
+    for number, line in enumerate(decode(content, DataError).split("\n"), 1):
         if line.strip():
-            case = _case(Record(parse(line, line=number), f"line {number}", number))
+            case = _case(Record(parse(line, DataError, line=number), f"line {number}", number))
             if case.id in ids:
                 raise DataError(f"line {number}: line {ids[case.id]} has the id {case.id!r} too")
             ids[case.id] = number

@@ -1,4 +1,4 @@
-"""Reading records: files, parsed JSON with typed access to it, and small helpers for all datasets.
+"""Records: parsed JSON with typed access to it, and small helpers for all datasets.
 
 Public data is untidy: answers come as text, as a list of texts or as a list of alias lists. What
 cannot be read is refused, in one line that names the place; what is only unusual draft.py notes.
@@ -7,10 +7,8 @@ cannot be read is refused, in one line that names the place; what is only unusua
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from knowpatch.data.case import (
@@ -33,41 +31,6 @@ from knowpatch.errors import DataError, did_you_mean
 KINDS = (REWRITE, REPHRASE, SAME, OPPOSITE, OTHER, FORGET, RETAIN, MULTIHOP, HOP)
 GROUPS = (PORTABILITY, LOCALITY)
 """Kinds of probe whose sub-kinds the data names."""
-
-# -- files -----------------------------------------------------------------------------------------
-
-
-def read_bytes(path: Path) -> bytes:
-    """A file's content; DataError if there is none to be had."""
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:  # ValueError: no name that a file can have
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{path}: cannot be read ({reason})") from None
-
-
-def decode(content: bytes) -> str:
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"byte {error.start} is not UTF-8; save the file as UTF-8") from None
-
-
-def parse(text: str, *, line: int | None = None) -> Any:
-    """Parsed JSON; DataError with the line (or the given one) if it is none."""
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise DataError(f"line {line or 1}: not JSON (nested too deeply)") from None
-    except ValueError as error:
-        at = line or getattr(error, "lineno", 1)
-        reason = getattr(error, "msg", None) or str(error).split(";")[0]
-        raise DataError(f"line {at}: not JSON ({reason})") from None
-
-
-# -- values ----------------------------------------------------------------------------------------
 
 
 def called(value: Any) -> str:

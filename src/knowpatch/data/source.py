@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ from knowpatch.data.case import Case
 from knowpatch.data.dataset import DATASETS, Dataset
 from knowpatch.data.draft import marked
 from knowpatch.data.jsonl import cases_of
-from knowpatch.data.records import decode, parse, read_bytes
 from knowpatch.errors import DataError, OptionError, did_you_mean
+from knowpatch.reading import decode, parse, read_bytes
 
 VARIABLE = "KNOWPATCH_DATA"
 OWN = ".jsonl"
@@ -46,6 +46,10 @@ class Loaded:
     digest: str
     paths: tuple[Path, ...]
     source: tuple[type[Dataset], ...] = ()
+
+    def sampled(self, probes: int | None) -> Loaded:
+        """With at most `probes` questions of each kind in a case."""
+        return replace(self, cases=tuple(case.sampled(probes) for case in self.cases))
 
 
 def load(
@@ -73,12 +77,12 @@ def load(
         if split not in (None, ALL):
             raise OptionError(f"{name}: a file has no split {split!r}; leave the split out")
         path = Path(name)
-        content = read_bytes(path)
+        content = read_bytes(path, DataError)
         cases = _cases(marked(cases_of(content)), limit, [path])
         return Loaded(path.name, ALL, cases, hashlib.sha256(content).hexdigest(), (path,))
     dataset, chosen = resolve(name, split)
     paths = find(dataset, chosen, data)
-    contents = [read_bytes(path) for path in paths]
+    contents = [read_bytes(path, DataError) for path in paths]
     parsed = [_parsed(content, path) for content, path in zip(contents, paths, strict=True)]
     cases = _cases(marked(dataset().cases(*parsed)), limit, paths)
     digest = hashlib.sha256(b"".join(contents)).hexdigest()
@@ -172,7 +176,7 @@ def _from_hub(dataset: type[Dataset], file: str, folder: Path | None) -> Path:
 
 def _parsed(content: bytes, path: Path) -> Any:
     try:
-        return parse(decode(content))
+        return parse(decode(content, DataError), DataError)
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
 
