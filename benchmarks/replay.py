@@ -70,7 +70,7 @@ class Bench:
         settings = ValueSettings(self.steps, 0.5, 4.0, 1e-3, 0.0625, -1.0, dtype)
 
         def ours() -> None:
-            values: list[Value] = optimise(self.view, self.role.module, tasks, settings)
+            values: list[Value] = optimise(self.view, [self.role.module], tasks, settings)
             found["ours"] = [value.delta_D for value in values]
 
         # Quick: the plain side runs one of the eight; seconds are per request.

@@ -33,7 +33,20 @@ ROME = ("--method", "rome", "--set", "layer=0", "--set", "kl_factor=0", "--set",
 """Four blocks: only in the first does the subject's token still decide the answer."""
 PLAIN_KINDS = {"rewrite", "rephrase", "locality.subject", "locality.neighbour", "locality.control"}
 
-SETTINGS = {"ft": LEARN, "rome": ROME}
+FIRST = ("--set", "layers=0", "--set", "kl_factor=0", "--set", "clamp=4", "--set", "tokens=1000")
+NULL = (*FIRST, "--set", "gain=0.99", "--set", "null_share=0.5")
+FIRST += ("--set", "ridge=0.01")
+SETTINGS = {
+    "ft": LEARN,
+    "rome": ROME,
+    "r_rome": ROME[2:],
+    "emmet": FIRST,
+    "memit": (*FIRST, "--set", "gain=0.99"),
+    "pmet": (*FIRST, "--set", "gain=0.99"),
+    "alphaedit": NULL,
+    "evoedit": NULL,
+    "betaedit": (*NULL, "--set", "largest=10"),
+}
 """What a method needs to edit so small a model; one that is not named here needs nothing."""
 
 

@@ -100,7 +100,7 @@ ARGUMENTS = {
     "ask without prompt": (("ask",), ["prompt"]),
     "ask for no token": (("ask", PROMPT, "--max-new-tokens", "0"), ["--max-new-tokens", "1"]),
     "no such patch": (("ask", PROMPT, "--patch", "no.patch"), ["no.patch", "no such patch file"]),
-    "patch is a folder": (("ask", PROMPT, "--patch", "."), ["no such patch file"]),
+    "patch is a folder": (("ask", PROMPT, "--patch", "."), ["folder without patches"]),
     "save without folder": (("save",), ["DIR"]),
     "save without patch": (("save", "merged"), ["--patch"]),
     "methods with a flag": (("methods", "--all"), ["--all"]),

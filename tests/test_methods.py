@@ -98,14 +98,14 @@ def test_rome_writes_the_value_at_the_averaged_key(known, architecture):
     (delta,) = patch.deltas
     assert isinstance(delta.change, LowRank)
     assert delta.change.rank == 1
-    task = method._task(model.view, FACT, prepared.contexts)
-    role = method._role(model.view)
+    task = method.task(model.view, FACT, prepared.contexts)
+    role = method.role(model.view, *method.layers(len(model.view.roles.blocks)))
     taps = [Tap(role.module, "input"), Tap(role.module, "output")]
     run = model.view.run([row.ids for row in task.contexts], taps=taps)
     places = [(i, row.position) for i, row in enumerate(task.contexts)]
     key, output = (run.at(tap, places).double().mean(0) for tap in taps)
     change = role.oriented(delta.change.left @ delta.change.right).double()
-    value = optimise(model.view, role.module, [task], method._settings(model.view))[0]
+    value = optimise(model.view, [role.module], [task], method.settings(model.view))[0]
     wanted = (value.clean_D + value.delta_D).double()
     assert (output + change @ key - wanted).norm() < 1e-4 * wanted.norm()
 
@@ -115,7 +115,7 @@ def test_romes_contexts_hold_the_subject_where_it_says(known):
     model = known("llama", "sentencepiece")
     method = choose("rome")
     contexts = prefixes.context_prefixes(model.view, ((2, 6),), seed=0)
-    task = method._task(model.view, FACT, contexts)
+    task = method.task(model.view, FACT, contexts)
     for context, row in zip(contexts, task.contexts, strict=True):
         encoded = model.view.encode(FACT.prompt, before=context)
         assert row.position == subject_position(encoded, "France")

@@ -39,7 +39,8 @@ def test_one_file_is_in_the_command_line(environment, folder, tmp_path):
         [*command, "methods", "--json"], env=environment, capture_output=True, check=True
     )
     toy = next(m for m in json.loads(listed.stdout) if m["name"] == "toy")
-    assert {"name": "steps", "default": 30}.items() <= toy["options"][1].items()
+    (steps,) = (option for option in toy["options"] if option["name"] == "steps")
+    assert steps["default"] == 30
     edited = subprocess.run(
         [
             *command,

@@ -66,19 +66,19 @@ def _case(view):
 
 def _shift(view, rows, seed=8):
     made = torch.Generator().manual_seed(seed)
-    return torch.randn(len(rows), view.roles.hidden_size, generator=made)
+    return torch.randn(len(rows), 1, view.roles.hidden_size, generator=made)
 
 
 def _module(view, layer):
     return view.roles.linear("mlp.out", layer).module
 
 
-def _probe(way, shift_BD):
+def _probe(way, shift_BSD):
     """Logits, and the gradient of a loss with respect to the shift."""
-    leaf = shift_BD.clone().requires_grad_()
+    leaf = shift_BSD.clone().requires_grad_()
     logits = way.logits(leaf)
     (grad,) = torch.autograd.grad(logits.log_softmax(-1)[:, :LABELS].sum(), leaf)
-    return logits.detach(), grad
+    return logits.detach(), grad[:, 0]
 
 
 def _apart(one, other):
@@ -86,8 +86,8 @@ def _apart(one, other):
     return float(((one - other).norm(dim=1) / one.norm(dim=1).clamp(min=1e-12)).max())
 
 
-def _agree(way, whole, shift_BD, bound=1e-4):
-    for plain, fast in zip(_probe(whole, shift_BD), _probe(way, shift_BD), strict=True):
+def _agree(way, whole, shift_BSD, bound=1e-4):
+    for plain, fast in zip(_probe(whole, shift_BSD), _probe(way, shift_BSD), strict=True):
         assert _apart(plain, fast) < bound
 
 
@@ -127,9 +127,9 @@ def test_replay_equals_the_full_pass(view_of, architecture, layer):
     view = view_of(architecture)
     module = _module(view, layer % len(view.roles.blocks))
     rows, places = _case(view)
-    way = passes(view, module, rows, places)
+    way = passes(view, [module], rows, places)
     assert isinstance(way, Replay)
-    whole = Whole(view, module, rows, places)
+    whole = Whole(view, [module], rows, places)
     for seed in (8, 9):
         _agree(way, whole, _shift(view, rows, seed))
 
@@ -141,15 +141,15 @@ def test_kept_rows_go_on_as_if_they_were_all(view_of, architecture, layer):
     view = view_of(architecture)
     module = _module(view, layer)
     rows, places = _case(view)
-    way = passes(view, module, rows, places)
-    shift_BD = _shift(view, rows)
-    way.logits(shift_BD)
+    way = passes(view, [module], rows, places)
+    shift_BSD = _shift(view, rows)
+    way.logits(shift_BSD)
     for kept in ([0, 1, 2, 4, 5], [1, 2, 4]):
         way.keep(kept)
         places = renumbered(places, kept)
-        rows, shift_BD = [rows[i] for i in kept], shift_BD[kept]
-        _agree(way, Whole(view, module, rows, places), shift_BD)
-        _agree(way, passes(view, module, rows, places), shift_BD)
+        rows, shift_BSD = [rows[i] for i in kept], shift_BSD[kept]
+        _agree(way, Whole(view, [module], rows, places), shift_BSD)
+        _agree(way, passes(view, [module], rows, places), shift_BSD)
 
 
 def test_the_full_pass_keeps_rows_alike(view_of):
@@ -157,9 +157,9 @@ def test_the_full_pass_keeps_rows_alike(view_of):
     view = view_of("llama")
     rows, places = _case(view)
     kept = [0, 1, 4]
-    whole = Whole(view, _module(view, 1), rows, places)
+    whole = Whole(view, [_module(view, 1)], rows, places)
     whole.keep(kept)
-    rest = Whole(view, _module(view, 1), [rows[i] for i in kept], renumbered(places, kept))
+    rest = Whole(view, [_module(view, 1)], [rows[i] for i in kept], renumbered(places, kept))
     _agree(whole, rest, _shift(view, kept))
 
 
@@ -169,7 +169,7 @@ def test_bfloat16_points_the_same_way(view_of):
     rows, places = _case(view)
     for layer in (0, 2):
         ways = [
-            passes(view, _module(view, layer), rows, places, dtype=dtype)
+            passes(view, [_module(view, layer)], rows, places, dtype=dtype)
             for dtype in (None, torch.bfloat16)
         ]
         (logits, wide), (coarse, narrow) = (_probe(way, _shift(view, rows)) for way in ways)
@@ -184,7 +184,7 @@ def test_dtype_of_the_model_is_left_to_the_model(view_of):
     """A bfloat16 replay narrows no weight of the model itself."""
     view = view_of("gpt2")
     rows, places = _case(view)
-    passes(view, _module(view, 1), rows, places, dtype=torch.bfloat16).logits(_shift(view, rows))
+    passes(view, [_module(view, 1)], rows, places, dtype=torch.bfloat16).logits(_shift(view, rows))
     assert {parameter.dtype for parameter in view.model.parameters()} == {torch.float32}
 
 
@@ -193,20 +193,20 @@ def test_trials_are_replayed(known, architecture):
     """What is tried, below and above the changed block, is in the numbers: those of Whole."""
     view = known(architecture).view
     rows, places = _case(view)
-    shift_BD = _shift(view, rows)
+    shift_BSD = _shift(view, rows)
     module = _module(view, 1)
-    plain = passes(view, module, rows, places).logits(shift_BD).detach()
+    plain = passes(view, [module], rows, places).logits(shift_BSD).detach()
     deltas = [
         _delta(view, "attn.out", 0, 1),
         _delta(view, "mlp.out", 1, 2),
         _delta(view, "mlp.out", 3, 3),
     ]
     with view.trying(deltas[:1]), view.trying(deltas[1:]):
-        way = passes(view, module, rows, places)
+        way = passes(view, [module], rows, places)
         assert isinstance(way, Replay)
-        _agree(way, Whole(view, module, rows, places), shift_BD)
-        assert _apart(plain, way.logits(shift_BD).detach()) > 1e-2
-    _agree(passes(view, module, rows, places), Whole(view, module, rows, places), shift_BD)
+        _agree(way, Whole(view, [module], rows, places), shift_BSD)
+        assert _apart(plain, way.logits(shift_BSD).detach()) > 1e-2
+    _agree(passes(view, [module], rows, places), Whole(view, [module], rows, places), shift_BSD)
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
@@ -220,14 +220,14 @@ def test_everything_is_left_as_found(known, architecture):
     before = _state(view.model)
     rows, places = _case(view)
     with view.trying([_delta(view, "mlp.out", 2, 1)]):
-        way = passes(view, _module(view, 1), rows, places)
+        way = passes(view, [_module(view, 1)], rows, places)
         assert isinstance(way, Replay)
         _probe(way, _shift(view, rows))
         way.keep([1, 2])
         _probe(way, _shift(view, rows[:2]))
     assert _state(view.model) == before
     with pytest.raises(RuntimeError):
-        way.logits(_shift(view, rows[:2])[:, 1:])
+        way.logits(_shift(view, rows[:2])[..., 1:])
     _probe(way, _shift(view, rows[:2]))
     assert _state(view.model) == before
 
@@ -250,7 +250,7 @@ def test_a_failing_probe_is_told_once_for_each_module(known, monkeypatch, caplog
     view = known("llama").view
     rows, places = _case(view)
     for layer in (1, 1, 2, 1, 2):
-        assert isinstance(passes(view, _module(view, layer), rows, places), Whole)
+        assert isinstance(passes(view, [_module(view, layer)], rows, places), Whole)
     assert len(tried) == len(set(tried)) == 4
     lines = _lines(caplog)
     assert len(lines) == 2
@@ -263,10 +263,10 @@ def test_the_probe_finds_numbers_that_differ(known, monkeypatch, caplog):
     view = known("llama").view
     rows, places = _case(view)
     right = Replay.logits
-    monkeypatch.setattr(Replay, "logits", lambda self, shift_BD: right(self, shift_BD.roll(1, 0)))
-    assert isinstance(passes(view, _module(view, 1), rows, places), Whole)
-    monkeypatch.setattr(Replay, "logits", lambda self, shift_BD: {}["no such layer"])
-    assert isinstance(passes(view, _module(view, 2), rows, places), Whole)
+    monkeypatch.setattr(Replay, "logits", lambda self, shift_BSD: right(self, shift_BSD.roll(1, 0)))
+    assert isinstance(passes(view, [_module(view, 1)], rows, places), Whole)
+    monkeypatch.setattr(Replay, "logits", lambda self, shift_BSD: {}["no such layer"])
+    assert isinstance(passes(view, [_module(view, 2)], rows, places), Whole)
     wrong, raised = _lines(caplog)
     assert "logits differ by" in wrong
     assert "KeyError" in raised
@@ -280,10 +280,10 @@ def test_attention_that_fails_gives_way_to_the_models_own(known, monkeypatch, ca
     )
     view = known("llama").view
     rows, places = _case(view)
-    way = passes(view, _module(view, 1), rows, places)
+    way = passes(view, [_module(view, 1)], rows, places)
     assert isinstance(way, Replay)
-    assert view.probed[_module(view, 1)] == view.model.config._attn_implementation != "eager"
-    _agree(way, Whole(view, _module(view, 1), rows, places), _shift(view, rows))
+    assert view.probed[(_module(view, 1),)] == view.model.config._attn_implementation != "eager"
+    _agree(way, Whole(view, [_module(view, 1)], rows, places), _shift(view, rows))
     assert not _lines(caplog)
 
 
@@ -297,12 +297,12 @@ def _windowed(architecture, window):
     return EditedModel.of(model, tok).view
 
 
-def _row_by_row(view, module, rows, places, shift_BD):
+def _row_by_row(view, module, rows, places, shift_BSD):
     """Each row alone, without padding, with the shift added by a hook that is written here."""
     found = []
     for number, row in enumerate(rows):
 
-        def add(mod, args, out, position=row.position, delta=shift_BD[number]):
+        def add(mod, args, out, position=row.position, delta=shift_BSD[number, 0]):
             out = out.clone()
             out.view(len(row.ids), -1)[position] += delta  # noqa: B023
             return out
@@ -321,11 +321,11 @@ def test_a_narrow_window_is_read_whole(architecture, window):
     """Rows that a sliding window does not hold are run whole, and right."""
     view = _windowed(architecture, window)
     rows, places = _case(view)
-    way = passes(view, _module(view, 1), rows, places)
+    way = passes(view, [_module(view, 1)], rows, places)
     assert isinstance(way, Whole)
-    shift_BD = _shift(view, rows)
-    plain = _row_by_row(view, _module(view, 1), rows, places, shift_BD)
-    assert _apart(plain, way.logits(shift_BD).detach()) < 1e-4
+    shift_BSD = _shift(view, rows)
+    plain = _row_by_row(view, _module(view, 1), rows, places, shift_BSD)
+    assert _apart(plain, way.logits(shift_BSD).detach()) < 1e-4
 
 
 def test_only_rows_that_are_too_long_are_read_whole(view_of, caplog):
@@ -335,11 +335,11 @@ def test_only_rows_that_are_too_long_are_read_whole(view_of, caplog):
     for length, kind in ((12, Replay), (40, Whole), (12, Replay)):
         rows = [Row(_ids(view, length, i), length // 2) for i in range(3)]
         places = [(i, length - 1) for i in range(3)]
-        way = passes(view, _module(view, 1), rows, places)
+        way = passes(view, [_module(view, 1)], rows, places)
         assert isinstance(way, kind)
-        shift_BD = _shift(view, rows)
-        plain = _row_by_row(view, _module(view, 1), rows, places, shift_BD)
-        assert _apart(plain, way.logits(shift_BD).detach()) < 1e-4
+        shift_BSD = _shift(view, rows)
+        plain = _row_by_row(view, _module(view, 1), rows, places, shift_BSD)
+        assert _apart(plain, way.logits(shift_BSD).detach()) < 1e-4
     assert not _lines(caplog)
 
 
@@ -353,9 +353,9 @@ def test_a_window_holds_all_pieces_with_their_padding(architecture):
         rows += [Row((*token, *_ids(view, 9, i)), 1) for i in (4, 5)]
         rows += [Row(_ids(view, 10, 6), 9), Row(_ids(view, 10, 7), 0)]
         places = [(i, 9) for i in range(len(rows))]
-        shift_BD = _shift(view, rows)
-        found = passes(view, _module(view, 1), rows, places).logits(shift_BD).detach()
-        assert _apart(_row_by_row(view, _module(view, 1), rows, places, shift_BD), found) < 1e-4
+        shift_BSD = _shift(view, rows)
+        found = passes(view, [_module(view, 1)], rows, places).logits(shift_BSD).detach()
+        assert _apart(_row_by_row(view, _module(view, 1), rows, places, shift_BSD), found) < 1e-4
 
 
 def test_positions_that_depend_on_the_length_are_read_whole():
@@ -375,9 +375,9 @@ def test_positions_that_depend_on_the_length_are_read_whole():
     model.load_state_dict(trained.state_dict())
     view = EditedModel.of(model, tok).view
     row = Row(_ids(view, 24, 0), 10)
-    shift_BD = _shift(view, [row])
-    found = passes(view, _module(view, 1), [row], [(0, 20)]).logits(shift_BD).detach()
-    plain = _row_by_row(view, _module(view, 1), [row], [(0, 20)], shift_BD)
+    shift_BSD = _shift(view, [row])
+    found = passes(view, [_module(view, 1)], [row], [(0, 20)]).logits(shift_BSD).detach()
+    plain = _row_by_row(view, _module(view, 1), [row], [(0, 20)], shift_BSD)
     assert _apart(plain, found) < 1e-4
 
 
@@ -388,7 +388,7 @@ def test_a_row_that_is_too_long_is_one_line(known, architecture):
     row = Row(_ids(view, 260, 0), 250)
     for kind in (Whole, passes):
         with pytest.raises(RequestError, match="260 tokens are more") as caught:
-            kind(view, _module(view, 1), [row], [(0, 259)]).logits(_shift(view, [row]))
+            kind(view, [_module(view, 1)], [row], [(0, 259)]).logits(_shift(view, [row]))
         assert "\n" not in str(caught.value)
 
 
@@ -400,11 +400,11 @@ def test_live_wraps_are_in_the_numbers(known):
     ids = model.encode(fact.prompt).ids
     row, place = Row(ids, len(ids) - 1), (0, len(ids) - 1)
     module = _module(model.view, 0)
-    shift_BD = torch.zeros(1, model.view.roles.hidden_size)
-    plain = Whole(model.view, module, [row], [place]).logits(shift_BD).detach()
+    shift_BSD = torch.zeros(1, model.view.roles.hidden_size)
+    plain = Whole(model.view, [module], [row], [place]).logits(shift_BSD).detach()
     with model.applied(patch):
-        whole = Whole(model.view, module, [row], [place]).logits(shift_BD).detach()
-        way = passes(model.view, module, [row], [place]).logits(shift_BD).detach()
+        whole = Whole(model.view, [module], [row], [place]).logits(shift_BSD).detach()
+        way = passes(model.view, [module], [row], [place]).logits(shift_BSD).detach()
     assert _apart(plain, whole) > 1e-2
     assert _apart(whole, way) < 1e-4
 
@@ -413,16 +413,16 @@ def test_a_session_does_not_spoil_the_probe(known):
     """Passes of a session carry its patch, and passes after it are replayed as ever."""
     model = known("llama")
     rows, places = _case(model.view)
-    shift_BD = _shift(model.view, rows)
+    shift_BSD = _shift(model.view, rows)
     fact = EditRequest(prompt="The capital of France is", subject="France", target="Rome")
     patch = edit(model, fact, method="ft", options={"steps": 5, "learning_rate": 1e-2})
     module = _module(model.view, 1)
     with model.applied(patch):
-        merged = Whole(model.view, module, rows, places).logits(shift_BD).detach()
+        merged = Whole(model.view, [module], rows, places).logits(shift_BSD).detach()
     with model.session([patch]):
-        beside = passes(model.view, module, rows, places).logits(shift_BD).detach()
+        beside = passes(model.view, [module], rows, places).logits(shift_BSD).detach()
     assert _apart(merged, beside) < 1e-4
-    assert isinstance(passes(model.view, module, rows, places), Replay)
+    assert isinstance(passes(model.view, [module], rows, places), Replay)
 
 
 # -- optimised values ------------------------------------------------------------------------------
@@ -450,14 +450,14 @@ def test_values_do_not_depend_on_the_way(known, monkeypatch, architecture):
             _task(view, "The capital of Egypt is", "Egypt", "Cairo"),
             _task(view, "The Nile flows through", "Nile", "New London"),
         ]
-        found = optimise(view, _module(view, 1), tasks, settings)
+        found = optimise(view, [_module(view, 1)], tasks, settings)
         return view, found
 
     view, replayed = values()
-    assert view.probed[_module(view, 1)] is not None
+    assert view.probed[(_module(view, 1),)] is not None
     monkeypatch.setattr(replay, "_fault", lambda *args: "not today")
     view, plain = values()
-    assert view.probed[_module(view, 1)] is None
+    assert view.probed[(_module(view, 1),)] is None
     steps = [value.steps for value in plain]
     assert steps[1] < steps[0] == 7
     for one, other in zip(plain, replayed, strict=True):

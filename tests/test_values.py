@@ -87,7 +87,7 @@ def _plain(view, module, task, settings):
 def test_equals_the_plain_loop(case):
     """Delta, NLL and KL are those of the plain loop, to 1e-3 of delta's length."""
     view, module, tasks = case
-    value = optimise(view, module, tasks[:1], SETTINGS)[0]
+    value = optimise(view, [module], tasks[:1], SETTINGS)[0]
     delta, nll, kl = _plain(view, module, tasks[0], SETTINGS)
     assert (value.delta_D - delta).norm() < 1e-3 * delta.norm()
     assert value.nll == pytest.approx(nll, abs=1e-3)
@@ -98,7 +98,7 @@ def test_the_ball_holds_with_and_without_it_biting(case):
     """|delta| <= clamp |v0| (1 + 1e-6); and equal to the plain loop where the clamp bites."""
     view, module, tasks = case
     tight = ValueSettings(8, 0.2, 0.3, 0.5, 0.0625, 0.0)
-    value = optimise(view, module, tasks[:1], tight)[0]
+    value = optimise(view, [module], tasks[:1], tight)[0]
     assert value.delta_D.norm() <= 0.3 * value.clean_D.norm() * (1 + 1e-6)
     delta, _, _ = _plain(view, module, tasks[0], tight)
     assert (value.delta_D - delta).norm() < 1e-3 * delta.norm()
@@ -107,9 +107,9 @@ def test_the_ball_holds_with_and_without_it_biting(case):
 def test_together_equals_alone(case):
     """Two tasks in one batch get the values they get alone, to 1e-4."""
     view, module, tasks = case
-    together = optimise(view, module, tasks, SETTINGS)
+    together = optimise(view, [module], tasks, SETTINGS)
     for task, value in zip(tasks, together, strict=True):
-        alone = optimise(view, module, [task], SETTINGS)[0]
+        alone = optimise(view, [module], [task], SETTINGS)[0]
         assert (alone.delta_D - value.delta_D).norm() < 1e-4 * alone.delta_D.norm()
 
 
@@ -118,10 +118,10 @@ def test_a_task_that_is_done_stops_alone(case):
     view, module, tasks = case
     tasks = [tasks[0], _task(view, "The capital of Egypt is", "Egypt", "Cairo")]
     settings = ValueSettings(12, None, 8.0, 0.0, 0.0, 0.5)
-    together = optimise(view, module, tasks, settings)
+    together = optimise(view, [module], tasks, settings)
     assert [value.steps for value in together] == [11, 0]
     assert float(together[1].delta_D.abs().max()) == 0
-    alone = optimise(view, module, tasks[:1], settings)[0]
+    alone = optimise(view, [module], tasks[:1], settings)[0]
     assert (together[0].delta_D - alone.delta_D).norm() < 1e-3 * alone.delta_D.norm()
 
 
@@ -129,7 +129,7 @@ def test_injecting_the_value_gives_the_reported_loss(case):
     """Forward with the final delta injected has the reported NLL on the contexts."""
     view, module, tasks = case
     task = tasks[0]
-    value = optimise(view, module, [task], SETTINGS)[0]
+    value = optimise(view, [module], [task], SETTINGS)[0]
     nlls = []
     for row in task.contexts:
         shift = Shift(module, [(0, row.position)], value.delta_D[None])
@@ -159,7 +159,7 @@ def test_either_padding_gives_the_same_value(architecture):
         model.view.padding = side
         task = _task(model.view, "The capital of France is", "France", "Lyon")
         module = model.view.roles.linear("mlp.out", 1).module
-        deltas.append(optimise(model.view, module, [task], SETTINGS)[0].delta_D)
+        deltas.append(optimise(model.view, [module], [task], SETTINGS)[0].delta_D)
     assert (deltas[0] - deltas[1]).norm() < 1e-4 * deltas[0].norm()
 
 
@@ -170,7 +170,7 @@ def test_a_loss_that_is_not_finite_is_one_line(case):
     with torch.no_grad():
         weight[0, 0] = float("nan")
     with pytest.raises(EditError, match="not finite at step 0"):
-        optimise(view, module, tasks, SETTINGS)
+        optimise(view, [module], tasks, SETTINGS)
 
 
 def test_tap_sees_what_the_module_sees(case):
@@ -194,6 +194,6 @@ def test_the_benchmarks_plain_side_is_right(case):
     )
     settings = plain.Settings(8, 0.2, 4.0, 0.5, 0.0625, 0.0)
     clean, delta = plain.value(view.model, module, fact, settings)
-    value = optimise(view, module, [task], SETTINGS)[0]
+    value = optimise(view, [module], [task], SETTINGS)[0]
     assert torch.allclose(clean, value.clean_D, atol=1e-5)
     assert (delta - value.delta_D).norm() < 1e-3 * delta.norm()

@@ -7,7 +7,7 @@ columns, V vocabulary, D hidden, I inner size of the MLP.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -40,25 +40,20 @@ class Settings:
 def value(model: Any, module: str, fact: Fact, settings: Settings) -> tuple[Tensor, Tensor]:
     """v0 and delta (D): what the module puts out on the bare prompt, and what to add to it."""
     rows = [*fact.contexts, fact.kl]
-    inputs, labels_BT = _inputs(rows), _labels(fact)
+    given, labels_BT = inputs(rows), labels(fact)
     positions = [position for _, position in rows]
-    delta, seen, old = None, [], None
-    width = model.get_submodule(module).weight.shape
+    seen: list[Tensor] = []
+    old = None
 
-    def add(mod: Any, args: Any, output: Tensor) -> Tensor:
-        if not seen:
-            seen.append(output[0, positions[0]].detach().clone())
-        output = output.clone()
-        for row, position in enumerate(positions):
-            output[row, position] = output[row, position] + delta
-        return output
+    def see(mod: Any, args: Any, output: Any) -> None:
+        seen.append(tensor_of(output)[0, positions[0]].detach().clone())
 
-    delta = torch.zeros(min(width), requires_grad=True)
+    delta = torch.zeros(model.config.hidden_size, requires_grad=True)
     adam = torch.optim.Adam([delta], lr=settings.learning_rate)
     for step in range(settings.steps):
         adam.zero_grad()
-        with _hook(model, module, add):
-            logprobs_BTV = model(**inputs).logits.log_softmax(-1)
+        with hooked(model, module, see), shifted(model, module, positions, delta):
+            logprobs_BTV = model(**given).logits.log_softmax(-1)
         new_V = logprobs_BTV[-1, fact.kl[1]]
         old = new_V.detach() if old is None else old
         kl = (new_V.exp() * (new_V - old)).sum()
@@ -95,33 +90,55 @@ def edit(
 def _averaged(model: Any, module: str, fact: Fact) -> tuple[Tensor, Tensor]:
     """What enters and leaves the module at the edited position, averaged over the contexts."""
     seen: list[tuple[Tensor, Tensor]] = []
-    hook = _hook(model, module, lambda mod, args, output: seen.append((args[0], output)))
+    hook = hooked(model, module, lambda mod, args, output: seen.append((args[0], output)))
     with hook, torch.no_grad():
-        model(**_inputs(fact.contexts))
+        model(**inputs(fact.contexts))
     rows = range(len(fact.contexts))
     columns = [position for _, position in fact.contexts]
     key, output = (tensor[rows, columns].mean(0) for tensor in seen[0])
     return key, output
 
 
-def _inputs(rows: Sequence[tuple[tuple[int, ...], int]]) -> dict[str, Tensor]:
+def inputs(rows: Sequence[tuple[tuple[int, ...], int]]) -> dict[str, Any]:
+    """Rows of (ids, position) padded on the right: ids and mask (B, T)."""
     width = max(len(ids) for ids, _ in rows)
     ids_BT = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids, _ in rows])
     mask_BT = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in rows])
     return {"input_ids": ids_BT, "attention_mask": mask_BT, "use_cache": False}
 
 
-def _labels(fact: Fact) -> Tensor:
+def labels(fact: Fact) -> Tensor:
     """(B, T) over the contexts: the token that should follow, -1 where none is wanted."""
     width = max(len(ids) for ids, _ in (*fact.contexts, fact.kl))
-    labels = torch.full((len(fact.contexts), width), -1)
+    wanted_BT = torch.full((len(fact.contexts), width), -1)
     for row, (ids, _) in enumerate(fact.contexts):
-        labels[row, len(ids) - len(fact.target) : len(ids)] = torch.tensor(fact.target)
-    return labels
+        wanted_BT[row, len(ids) - len(fact.target) : len(ids)] = torch.tensor(fact.target)
+    return wanted_BT
+
+
+def tensor_of(output: Any) -> Tensor:
+    """Hidden states (B, T, D): what a decoder block puts out, or the first part of a tuple."""
+    found: Tensor = output[0] if isinstance(output, tuple) else output
+    return found
 
 
 @contextmanager
-def _hook(model: Any, module: str, function: Callable[..., Any]) -> Any:
+def shifted(model: Any, module: str, positions: Sequence[int], delta_D: Tensor) -> Iterator[None]:
+    """Adds delta to the module's output, at one position of each row."""
+
+    def add(mod: Any, args: Any, output: Any) -> Any:
+        hidden_BTD = tensor_of(output).clone()
+        for row, position in enumerate(positions):
+            hidden_BTD[row, position] = hidden_BTD[row, position] + delta_D
+        return (hidden_BTD, *output[1:]) if isinstance(output, tuple) else hidden_BTD
+
+    with hooked(model, module, add):
+        yield
+
+
+@contextmanager
+def hooked(model: Any, module: str, function: Callable[..., Any]) -> Iterator[None]:
+    """A forward hook on the module at that path."""
     handle = model.get_submodule(module).register_forward_hook(function)
     try:
         yield

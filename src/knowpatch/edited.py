@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from knowpatch.files import replacing
 from knowpatch.fits import canonical_names, check_fits
 from knowpatch.held import Carried, one_of, resolved
 from knowpatch.models import load as load_model
+from knowpatch.models.batch import last_columns
 from knowpatch.models.beside import check_beside, repeats, session_of
 from knowpatch.models.beside import session as beside_session
 from knowpatch.models.fingerprint import tensor_digest
@@ -42,6 +43,7 @@ class EditedModel:
 
     Attributes:
         view: the model read by role, as edited so far.
+        ready: what the method that edited last has at hand for the next edit (editing.py).
     """
 
     def __init__(self, view: ModelView) -> None:
@@ -53,6 +55,7 @@ class EditedModel:
         self._wide: dict[str, Tensor] = {}
         self._canonical = canonical_names(view.model)
         view.originals = self._base
+        self.ready: Any = None
 
     @classmethod
     def of(cls, model: Any, tokenizer: Any) -> EditedModel:
@@ -87,7 +90,7 @@ class EditedModel:
             return self.view.model(**kwargs)
         past = kwargs.get("past_key_values")
         going_on = past is not None and past.get_seq_length() > 0
-        lasts = None if going_on else _lasts(input_ids, kwargs.get("attention_mask"))
+        lasts = None if going_on else last_columns(input_ids, kwargs.get("attention_mask"))
         with self.view.passing(lasts, rows=len(input_ids)):
             return self.view.model(input_ids, **kwargs)
 
@@ -96,8 +99,7 @@ class EditedModel:
 
         Rows may be padded on either side. What comes back starts with the given `input_ids`.
         """
-        mask = kwargs.pop("attention_mask", None)
-        mask = torch.ones_like(input_ids) if mask is None else mask
+        mask = kwargs.pop("attention_mask", torch.ones_like(input_ids))
         rows = [row[kept.bool()].tolist() for row, kept in zip(input_ids, mask, strict=True)]
         session = session_of(self.model)
         times = repeats(session, len(rows))
@@ -197,8 +199,7 @@ class EditedModel:
 
     def carry(self, row: Carried) -> tuple[Patch, ...]:
         """The patches of one row of a session, held from now on; errors as in `session`."""
-        patches = resolved(row, self._held, self._live)
-        for patch in patches:
+        for patch in (patches := resolved(row, self._held, self._live)):
             self.hold(patch)
         return patches
 
@@ -234,16 +235,16 @@ class EditedModel:
         self._live = patches
         self.view.standing = tuple(patch for patch in patches if patch.wraps)
 
-    def drop(self, patch_id: str) -> None:
-        """Take a live patch back; the others stay, as if it had never been applied.
+    def drop(self, *patch_ids: str) -> None:
+        """Take live patches back; the others stay, as if these had never been applied.
 
         Raises:
             OptionError: no live patch has this id (a unique beginning of it is enough).
         """
         with self.view.lock:
-            found = one_of(self._live, patch_id, "live")
-            self._set_live([patch for patch in self._live if patch is not found])
-            for name in self._touched(found):
+            gone = [one_of(self._live, patch_id, "live") for patch_id in patch_ids]
+            self._set_live([patch for patch in self._live if patch not in gone])
+            for name in self._touched(*gone):
                 rest = [patch for patch in self._live if name in self._touched(patch)]
                 if rest:
                     self._write(name, self._fold(self._base[name].float(), rest, name))
@@ -258,19 +259,28 @@ class EditedModel:
 
         On quantised weights, which cannot be rewritten, they are carried beside instead.
         """
-        if self.view.quantised:
-            with self.session([[*self.carried(), *patches]]):
-                yield self
-            return
-        done: list[Patch] = []
-        try:
+        with self.growing() as add:
             for patch in patches:
-                self.apply(patch)
-                done.append(patch)
+                add(patch)
             yield self
-        finally:
-            for patch in reversed(done):
-                self.drop(patch.id)
+
+    @contextlib.contextmanager
+    def growing(self) -> Iterator[Callable[[Patch], None]]:
+        """A function that puts patches on top of the live ones, until the block ends."""
+        done: list[str] = []
+        with contextlib.ExitStack() as beside:
+
+            def add(patch: Patch) -> None:
+                if self.view.quantised:
+                    beside.enter_context(self.session([[*self.carried(), patch]]))
+                else:
+                    self.apply(patch)
+                    done.append(patch.id)
+
+            try:
+                yield add
+            finally:
+                self.drop(*done)
 
     def trying(self, deltas: Sequence[WeightDelta]) -> contextlib.AbstractContextManager[None]:
         """Compute as if `deltas` had been applied, without writing a weight."""
@@ -297,22 +307,20 @@ class EditedModel:
                     "and changes no weight: it cannot be merged; serve it with knowpatch instead"
                 )
         folder = Path(folder)
-        stage = f"writing {folder.name}"
+        progress(f"writing {folder.name}", 0, 1)
         with replacing(folder, folder=True) as temporary, quiet_transformers():
-            progress(stage, 0, 1)
             self.view.model.save_pretrained(temporary)
             self.view.tokenizer.save_pretrained(temporary)
-            progress(stage, 1, 1)
         return folder
 
-    def digests(self, patch: Patch) -> dict[str, str]:
-        """The hashes of the tensors that `patch` touches, as they stand now."""
-        return {name: tensor_digest(self.view.values(name)) for name in self._touched(patch)}
+    def digests(self, *patches: Patch) -> dict[str, str]:
+        """The hashes of the tensors that patches touch, as they stand now."""
+        return {name: tensor_digest(self.view.values(name)) for name in self._touched(*patches)}
 
     # -- the fold ----------------------------------------------------------------------------------
 
-    def _touched(self, patch: Patch) -> list[str]:
-        names = (self._canonical[delta.address.parameter] for delta in patch.deltas)
+    def _touched(self, *patches: Patch) -> list[str]:
+        names = (self._canonical[d.address.parameter] for patch in patches for d in patch.deltas)
         return list(dict.fromkeys(names))
 
     def _current(self, name: str) -> Tensor:
@@ -340,11 +348,3 @@ class EditedModel:
     def _store(self, name: str, value: Tensor) -> None:
         with torch.no_grad():
             self.view.parameter(name).copy_(value)
-
-
-def _lasts(ids_BT: Tensor, mask_BT: Tensor | None) -> list[int]:
-    """The column of each row's last token."""
-    mask_BT = torch.ones_like(ids_BT) if mask_BT is None else mask_BT
-    columns = torch.arange(ids_BT.shape[1], device=ids_BT.device)
-    lasts: list[int] = (columns * mask_BT.bool()).max(dim=1).values.tolist()
-    return lasts

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 from knowpatch.deltas import is_finite
 from knowpatch.edited import EditedModel
-from knowpatch.errors import EditError, OptionError
+from knowpatch.errors import EditError, InputError, OptionError, RequestError
 from knowpatch.method import METHODS, EditMethod
 from knowpatch.methods import DEFAULT
 from knowpatch.models.beside import session_of
@@ -123,13 +125,100 @@ def edit(
     if not isinstance(method, EditMethod):
         method = choose(method, options, seed=seed, progress=progress)
     start = perf_counter()
-    prepared = _prepare(model, asked, method)
-    ready = perf_counter()
-    patch = method.edit(model.view, asked, prepared, _state(model, method))
+    ready = prepare(model, method, asked)
+    between = perf_counter()
+    patch = method.edit(model.view, asked, ready.prepared, ready.state)
     _check_finite(patch)
     if seconds is not None:
-        seconds.prepare, seconds.edit = ready - start, perf_counter() - ready
+        seconds.prepare, seconds.edit = between - start, perf_counter() - between
     return patch
+
+
+def edit_in_turn(
+    model: EditedModel,
+    requests: Sequence[EditRequest],
+    folder: Path,
+    *,
+    method: EditMethod,
+    progress: Progress = silent,
+    seconds: Seconds | None = None,
+) -> list[Patch]:
+    """A patch for each request, each made on the model with the earlier ones live.
+
+    Patches are kept in `folder` (000001.safetensors, ...) as they come, and those that are there
+    already are not made again: a run that was stopped goes on. The model is given back as it was.
+
+    Raises:
+        InputError, EditError: as `edit`, naming the request; or the folder holds other patches.
+    """
+    if model.view.quantised:
+        raise OptionError(
+            "edits one after the other need weights that can be written: load the model in float32 "
+            "or bfloat16"
+        )
+    for request in requests:
+        method.check_requests([request])
+    paths = numbered(folder, len(requests))
+    if others := sorted(set(folder.glob("*.safetensors")) - set(paths)):
+        raise InputError(f"{others[0]}: is no patch of these requests; name another folder")
+    start = perf_counter()
+    prepare(model, method)
+    between = perf_counter()
+    patches: list[Patch] = []
+    with model.growing() as add:
+        for path, request in zip(paths, requests, strict=True):
+            progress("editing one after the other", len(patches), len(requests))
+            patch = _found(path, model, method, request)
+            if patch is None:
+                patch = _next(model, method, request, len(patches) + 1)
+                patch.save(path)
+            patches.append(patch)
+            add(patch)
+    progress("editing one after the other", len(requests), len(requests))
+    if seconds is not None:
+        seconds.prepare, seconds.edit = between - start, perf_counter() - between
+    return patches
+
+
+def numbered(folder: Path, count: int) -> list[Path]:
+    """The files of so many patches that were made one after the other."""
+    return [folder / f"{number:06}.safetensors" for number in range(1, count + 1)]
+
+
+def _next(model: EditedModel, method: EditMethod, request: EditRequest, number: int) -> Patch:
+    """The patch of one of several requests; an error names it."""
+    try:
+        patch = edit(model, request, method=method)
+    except EditError as error:
+        raise EditError(f"request {number}, {request.prompt!r}: {error}") from None
+    if patch in model.live:
+        raise RequestError(f"request {number}, {request.prompt!r}: repeats an earlier one")
+    return patch
+
+
+def _found(
+    path: Path, model: EditedModel, method: EditMethod, request: EditRequest
+) -> Patch | None:
+    """The patch at `path`, if one is there; InputError if it is not this request's."""
+    if not path.exists():
+        return None
+    patch = Patch.load(path)
+    made = patch.provenance
+    same = (method.name, method.config.model_dump(mode="json"), method.seed, (request,))
+    if (made.method, made.config, made.seed, made.requests) != same:
+        raise InputError(f"{path}: is the patch of another edit; name another folder")
+    if made.fingerprint != model.view.fingerprint:
+        raise InputError(f"{path}: was made for another model; name another folder")
+    return patch
+
+
+def room(model: EditedModel, method: EditMethod, patches: Sequence[Patch] = ()) -> int | None:
+    """How many more facts the method could write after `patches`; None where it knows no limit."""
+    ready = prepare(model, method)
+    state = ready.state
+    for patch in patches:
+        state = method.fold(ready.prepared, state, patch)
+    return method.room(ready.prepared, state)
 
 
 def edit_each(
@@ -140,24 +229,75 @@ def edit_each(
     Raises:
         InputError, EditError: as `edit`.
     """
-    prepared = _prepare(model, requests, method)
-    patches = method.edit_each(model.view, requests, prepared, _state(model, method))
+    ready = prepare(model, method, requests)
+    patches = method.edit_each(model.view, requests, ready.prepared, ready.state)
     for patch in patches:
         _check_finite(patch)
     return patches
 
 
-def _prepare(model: EditedModel, requests: Sequence[EditRequest], method: EditMethod) -> Any:
+@dataclass
+class Ready:
+    """What a method has at hand for a model: what it prepared, and its state.
+
+    Attributes:
+        key: the method, its options and its seed.
+        prepared: as `prepare` gave it.
+        state: folded from the live patches of the method, whose ids are `folded`.
+    """
+
+    key: tuple[str, str, int]
+    prepared: Any
+    state: Any = None
+    folded: tuple[str, ...] = ()
+
+    def follow(self, method: EditMethod, live: Sequence[Patch]) -> None:
+        """Bring the state up to the live patches: on from it where they only became more."""
+        mine = [patch for patch in live if patch.provenance.method == method.name]
+        ids = tuple(patch.id for patch in mine)
+        if ids[: len(self.folded)] != self.folded:
+            self.state, self.folded = None, ()
+        for patch in mine[len(self.folded) :]:
+            self.state = method.fold(self.prepared, self.state, patch)
+        self.folded = ids
+
+
+def prepare(
+    model: EditedModel, method: EditMethod, requests: Sequence[EditRequest] | None = None
+) -> Ready:
+    """What the method needs for this model, made where it is not there; for requests, checked.
+
+    What edits need of a model is that of the model as it came: live patches are taken back while
+    it is made.
+
+    Raises:
+        InputError: requests or a model that the method cannot work with.
+    """
     if any(session_of(model.model)):
         raise OptionError("an edit is made on a model without a session: leave the session first")
-    method.check_requests(requests)
+    if requests is not None:
+        method.check_requests(requests)
     method.check(model.view)
-    return method.prepare(model.view)
+    key = (method.name, method.config.model_dump_json(), method.seed)
+    ready: Ready | None = model.ready
+    if ready is None or ready.key != key:
+        with _bare(model):
+            model.ready = ready = Ready(key, method.prepare(model.view))
+    ready.follow(method, model.live)
+    return ready
 
 
-def _state(model: EditedModel, method: EditMethod) -> Any:
-    """The method's running state from its patches that are live."""
-    return method.fold([patch for patch in model.live if patch.provenance.method == method.name])
+@contextlib.contextmanager
+def _bare(model: EditedModel) -> Iterator[None]:
+    """The model as it came, within the block."""
+    live = model.live
+    with model.view.lock:  # no other thread is served the bare model meanwhile
+        model.drop(*(patch.id for patch in live))
+        try:
+            yield
+        finally:
+            for patch in live:
+                model.apply(patch, tied=[delta.address.parameter for delta in patch.deltas])
 
 
 def _check_finite(patch: Patch) -> None:

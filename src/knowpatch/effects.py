@@ -51,9 +51,13 @@ class Effect:
 
 
 def measure(
-    model: EditedModel, patch: Patch, probes: Sequence[Probe], *, progress: Progress = silent
+    model: EditedModel,
+    patches: Sequence[Patch],
+    probes: Sequence[Probe],
+    *,
+    progress: Progress = silent,
 ) -> list[Effect]:
-    """Ask every probe without and with `patch`; the model is given back as it was."""
+    """Ask every probe without and with `patches`; the model is given back as it was."""
     before = Ask(model, progress=progress)
     said = [before.generate(p.prompt, max_new_tokens=_tokens(p), chat=p.chat) for p in probes]
     wanted = [
@@ -62,7 +66,7 @@ def measure(
     ]
     forced = [before.score(p.prompt, w, chat=p.chat) for p, w in zip(probes, wanted, strict=True)]
     before.run()
-    with model.applied(patch):
+    with model.applied(*patches):
         after = Ask(model, progress=progress)
         scored = [
             after.score(p.prompt, w, chat=p.chat) for p, w in zip(probes, wanted, strict=True)

@@ -31,6 +31,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "knowpatch"
 
 
+def kept_in(folder: str, content: str, ending: str) -> Path:
+    """The file of a folder of the cache for something that `content` names completely."""
+    name = hashlib.sha256(content.encode()).hexdigest()[:32]
+    return cache_folder() / folder / f"{name}{ending}"
+
+
 @contextlib.contextmanager
 def plain_storage_errors(path: Path) -> Iterator[None]:
     """Turn the operating system's refusals to write into one line about `path`.

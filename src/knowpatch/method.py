@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
 
 from knowpatch import __version__
 from knowpatch.deltas import Address, Delta, WeightDelta
@@ -36,6 +37,7 @@ class MethodConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     chat: bool = Field(False, description="edit through the model's chat template")
+    preset: str | None = Field(None, description="settings published for a model; see presets")
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class EditMethod(ABC):
         sequential: whether edits may follow each other.
         exports: what its patches can be shipped as, beyond the patch file.
         Config: its options.
+        presets: options that were published for a model, by its name; given options go before.
     """
 
     name: ClassVar[str]
@@ -94,6 +97,7 @@ class EditMethod(ABC):
     sequential: ClassVar[bool] = True
     exports: ClassVar[tuple[Export, ...]] = ()
     Config: ClassVar[type[MethodConfig]] = MethodConfig
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     def __init__(
         self, config: MethodConfig | None = None, *, seed: int = 0, progress: Progress = silent
@@ -118,8 +122,18 @@ class EditMethod(ABC):
         """A patch for each request, as if it were the only one; together where that is faster."""
         return [self.edit(view, [request], prepared, state) for request in requests]
 
-    def fold(self, patches: Sequence[Patch]) -> Any:
-        """Running state from the live patches of this method."""
+    def fold(self, prepared: Any, state: Any, patch: Patch) -> Any:
+        """The running state after one more live patch of this method.
+
+        Args:
+            prepared: what `prepare` gave.
+            state: before it; None before the first. It is a value: a new one is given back.
+            patch: the patch, with its traces.
+        """
+        return None
+
+    def room(self, prepared: Any, state: Any) -> int | None:
+        """How many more facts the method can write into the model; None where it knows no limit."""
         return None
 
     def expected(self, request: EditRequest) -> str | None:
@@ -149,8 +163,12 @@ class EditMethod(ABC):
                 raise OptionError(
                     f"unknown option {name!r} of {cls.name}: {did_you_mean(name, fields)}"
                 )
+        preset = options.get("preset")
+        if preset is not None and (not isinstance(preset, str) or preset not in cls.presets):
+            hint = did_you_mean(str(preset), cls.presets)
+            raise OptionError(f"unknown preset {preset!r} of {cls.name}: {hint}")
         try:
-            return cls.Config(**options)
+            return cls.Config(**{**cls.presets.get(preset or "", {}), **options})
         except ValidationError as error:
             fault = error.errors()[0]
             name = ".".join(str(part) for part in fault["loc"])
@@ -198,6 +216,7 @@ class EditMethod(ABC):
         deltas: Sequence[WeightDelta] = (),
         rule: PromptRule | None = None,
         wraps: Sequence[Wrap] = (),
+        traces: Mapping[str, Tensor] | None = None,
     ) -> Patch:
         """A patch with this method's provenance."""
         provenance = Provenance(
@@ -208,7 +227,7 @@ class EditMethod(ABC):
             requests=tuple(requests),
             version=__version__,
         )
-        return Patch(provenance, tuple(deltas), rule, tuple(wraps))
+        return Patch(provenance, tuple(deltas), rule, tuple(wraps), traces or {})
 
 
 def advice(field: str, request: EditRequest) -> str:

@@ -1,9 +1,9 @@
 """Patch: what an edit is, as a value that can be saved, named by its content and taken back.
 
-A patch holds deltas, addressed by parameter and slice, wraps by module, and at most one prompt
-rule. It holds data only: a wrap or a rule names its kind and version, and the code for that kind
-lives in the library. Its id is the hash of its content, so the same inputs give the same file, byte
-for byte.
+A patch holds deltas, addressed by parameter and slice, wraps by module, at most one prompt rule,
+and traces for later edits. It holds data only: a wrap or a rule names its kind and version, and the
+code for that kind lives in the library. Its id is the hash of its content, so the same inputs give
+the same file, byte for byte.
 
 On disk: one safetensors file; one metadata entry "knowpatch" with the header as canonical JSON.
 Nothing in it is ever unpickled.
@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +32,7 @@ from knowpatch.errors import PatchError
 from knowpatch.files import write_atomically
 from knowpatch.request import EditRequest
 
-FORMAT = 2
+FORMAT = 3
 HEADER = "knowpatch"
 LARGEST_HEADER = 4 * 2**20
 """Bytes. Ten thousand requests fit; parsing costs up to a hundred times as much memory."""
@@ -78,12 +78,15 @@ class Patch:
         deltas: weight changes, in the order in which they are added.
         rule: a prompt rule, for methods that leave the weights alone.
         wraps: what acts on modules while the model runs.
+        traces: what later edits of the same method have to know of this one, float32 by name; its
+            own contribution to the method's running state, never the state itself.
     """
 
     provenance: Provenance
     deltas: tuple[WeightDelta, ...] = ()
     rule: PromptRule | None = None
     wraps: tuple[Wrap, ...] = ()
+    traces: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Patch) and other.id == self.id
@@ -146,11 +149,13 @@ class Patch:
                 }
                 for wrap in self.wraps
             ],
+            "traces": sorted(self.traces),
         }
 
     def _tensors(self) -> dict[str, Tensor]:
         parts = [(f"{n:04d}", delta.change.tensors()) for n, delta in enumerate(self.deltas)]
         parts += [(f"w{n:04d}", dict(wrap.tensors)) for n, wrap in enumerate(self.wraps)]
+        parts += [("t", dict(self.traces))]
         return {
             f"{number}.{name}": tensor.detach().cpu().contiguous()
             for number, tensors in parts
@@ -196,7 +201,7 @@ class Patch:
             Wrap(part.module, part.kind, part.data, under(f"w{number:04d}"))
             for number, part in enumerate(header.wraps)
         )
-        patch = cls(header.provenance, deltas, header.rule, wraps)
+        patch = cls(header.provenance, deltas, header.rule, wraps, under("t"))
         if patch.id != header.id:
             raise PatchError(f"{path}: damaged (its content does not give the id it carries)")
         return patch
@@ -216,12 +221,13 @@ class _Wrapped(Value):
 
 
 class _Header(Value):
-    format: Literal[2]
+    format: Literal[3]
     id: str
     provenance: Provenance
     deltas: tuple[_Part, ...]
     rule: PromptRule | None
     wraps: tuple[_Wrapped, ...]
+    traces: tuple[str, ...]
 
 
 def _canonical(header: Mapping[str, Any]) -> str:
@@ -259,7 +265,7 @@ def _expected_names(header: _Header) -> set[str]:
         for name in _field_names(part.form)
     }
     wraps = {f"w{n:04d}.{name}" for n, part in enumerate(header.wraps) for name in part.tensors}
-    return deltas | wraps
+    return deltas | wraps | {f"t.{name}" for name in header.traces}
 
 
 def _check_tensors(what: str, tensors: Mapping[str, Tensor]) -> None:

@@ -95,7 +95,7 @@ def test_a_batch_takes(model, name):
         Probe(REWRITE, request.prompt, accepted(request.target), request=number)
         for number, request in enumerate(requests)
     ]
-    effects = measure(model, patch, probes)
+    effects = measure(model, [patch], probes)
     assert took(effects, requests, [r.target for r in requests], chat=False) == [True, True]
 
 

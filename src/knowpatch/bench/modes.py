@@ -149,11 +149,11 @@ def sequential(work: Work) -> Iterator[Round]:
     made: list[Made] = []
     count, ages = len(work.cases), work.facts.ages
     sample = _sample(count)
-    with contextlib.ExitStack() as live:
+    with work.model.growing() as add:
         for number, case in enumerate(work.cases):
             one, patches = _kept(work, number, partial(_patches, work, case), len(case.requests))
             for patch in patches:
-                live.enter_context(work.model.applied(patch))
+                add(patch)
             made.append(one)
             edits = len(made)
             work.edited(edits)
@@ -211,10 +211,10 @@ def _patches(work: Work, case: Case) -> tuple[Patch, ...]:
     if work.method.batch or len(case.requests) == 1:
         return (edit(work.model, case.requests, method=work.method),)
     patches: list[Patch] = []
-    with contextlib.ExitStack() as live:
+    with work.model.growing() as add:
         for request in case.requests:
             patches.append(edit(work.model, request, method=work.method))
-            live.enter_context(work.model.applied(patches[-1]))
+            add(patches[-1])
     return tuple(patches)
 
 

@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 
 from knowpatch.cli import screen
-from knowpatch.cli.options import Device, Dtype, Json, Model, Patches
+from knowpatch.cli.options import Device, Dtype, Json, Model, Patches, read_patches
 
 
 def run(
@@ -25,7 +25,6 @@ def run(
     from knowpatch.ask import Ask
     from knowpatch.editing import load
     from knowpatch.errors import InputError
-    from knowpatch.patch import Patch
 
     if not prompt.strip():
         raise InputError("the prompt is empty; give a question")
@@ -33,7 +32,7 @@ def run(
         prompt.encode()
     except UnicodeEncodeError:
         raise InputError("the prompt is not text in UTF-8; give it in UTF-8") from None
-    patches = [Patch.load(path) for path in patch or []]
+    patches = read_patches(patch)
     with screen.reporting() as report:
         edited = load(model, device=device, dtype=dtype, progress=report)
 

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from knowpatch.request import EditRequest
 
 OLD_TOKENS = 16
+FOLDER = Path("patches")
+"""Where the patches of a sequence go by default."""
+MOST_SHOWN = 5
+"""Patches of a sequence that are listed one by one."""
 
 
 def run(
@@ -43,6 +47,10 @@ def run(
         Path | None,
         typer.Option("--from", metavar="FILE", help="Many requests: json, jsonl, csv or yaml."),
     ] = None,
+    sequential: Annotated[
+        bool,
+        typer.Option("--sequential", help="A patch for each request, on top of the earlier ones."),
+    ] = False,
     method: Annotated[str | None, typer.Option(help="See: knowpatch methods.")] = None,
     model: Model = None,
     chat: Annotated[bool, typer.Option("--chat", help="Edit through the chat template.")] = False,
@@ -55,7 +63,10 @@ def run(
     ] = 0,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Patch file; by default patch-<id>.safetensors."),
+        typer.Option(
+            metavar="FILE",
+            help="Patch file, by default patch-<id>.safetensors; with --sequential a folder.",
+        ),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what it would take, and do nothing.")
@@ -71,7 +82,10 @@ def run(
     requests = _requests(prompt, subject, target, old, rephrase, erase, requests_file)
     options = {**parse_options(settings or []), **({"chat": True} if chat else {})}
     chosen = choose(method, options, seed=seed)
-    _check_writable(out)
+    if sequential:
+        _check_folder(out, chosen)
+    else:
+        _check_writable(out)
     if dry_run:
         from knowpatch.cli.plan import show_plan
 
@@ -84,9 +98,12 @@ def run(
         loaded = perf_counter() - start
         requests = _complete(edited, requests, chat=chosen.config.chat)
         spent = Seconds()
-        result = _edit(edited, chosen, requests, spent, report, out)
+        patches = _made(edited, chosen, requests, spent, report, out, sequential)
+        result = _measure(edited, chosen, requests, patches, spent, report, sequential)
     result["seconds"] = {"load": round(loaded, 3), **result["seconds"]}
     effects = result.pop("effects")
+    if not sequential:
+        (result["patch"],) = result["patches"]
     if as_json:
         screen.print_json(result)
     else:
@@ -149,35 +166,75 @@ def _complete(edited: EditedModel, requests: list[EditRequest], *, chat: bool) -
     return completed
 
 
-def _edit(
+def _check_folder(out: Path | None, method: EditMethod) -> None:
+    """Refuse a place for the patches of a sequence before the work, not after it."""
+    from knowpatch.errors import InputError, OptionError
+
+    if not method.sequential:
+        raise OptionError(f"{method.name} has no sequential mode")
+    folder = out or FOLDER
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: is a file; with --sequential name a folder with --out")
+    _check_writable(folder / "patch" if folder.exists() else folder)
+
+
+def _made(
     edited: EditedModel,
     method: EditMethod,
     requests: list[EditRequest],
     spent: Any,
     report: Any,
     out: Path | None,
+    sequential: bool,
+) -> dict[Path, Patch]:
+    """The patches, by the files that they are, or are to be, in."""
+    from knowpatch.editing import edit, edit_in_turn, numbered
+
+    if sequential:
+        folder = out or FOLDER
+        patches = edit_in_turn(
+            edited, requests, folder, method=method, progress=report, seconds=spent
+        )
+        return dict(zip(numbered(folder, len(patches)), patches, strict=True))
+    patch = edit(edited, requests, method=method, seconds=spent)
+    return {out or Path(f"patch-{patch.id[:12]}.safetensors"): patch}
+
+
+def _measure(
+    edited: EditedModel,
+    method: EditMethod,
+    requests: list[EditRequest],
+    patches: dict[Path, Patch],
+    spent: Any,
+    report: Any,
+    sequential: bool,
 ) -> dict[str, Any]:
-    from knowpatch.editing import edit
+    """What the patches did, as plain data. They are in their files afterwards."""
+    from knowpatch.editing import room
     from knowpatch.effects import measure, took
     from knowpatch.probes import derive
 
-    patch = edit(edited, requests, method=method, seconds=spent)
     start = perf_counter()
     expected = [method.expected(request) for request in requests]
     chat = method.config.chat
-    before = edited.digests(patch)
+    made = list(patches.values())
+    before = edited.digests(*made)
     probes = derive(edited.view, requests, expected, chat=chat)
-    effects = measure(edited, patch, probes, progress=report)
+    effects = measure(edited, made, probes, progress=report)
     results = took(effects, requests, expected, chat=chat)
-    restored = edited.digests(patch) == before
-    path = patch.save(out or Path(f"patch-{patch.id[:12]}.safetensors"))
+    restored = edited.digests(*made) == before
+    left = room(edited, method, made)
+    if not sequential:  # whose patches are in their files already
+        for path, patch in patches.items():
+            patch.save(path)
     return {
         "method": method.name,
         "model": edited.view.source,
         "took": all(results),
         "took_each": results,
         "forgets": None in expected,
-        "patch": _facts(patch, path),
+        "patches": [_facts(patch, path) for path, patch in patches.items()],
+        "room": left,
         "seconds": {
             "prepare": round(spent.prepare, 3),
             "edit": round(spent.edit, 3),
@@ -218,23 +275,25 @@ def _show(result: dict[str, Any], effects: list[Effect], model: str | None) -> N
 
     console = screen.out()
     show_effects(console, result, effects)
-    patch, spent = result["patch"], result["seconds"]
-    rank = f", rank {patch['rank']}" if patch["rank"] else ""
-    size = screen.human_bytes(patch["bytes"])
-    console.print(
-        f"patch   {escape(patch['file'])}  ({size}{rank}, id {patch['id'][:12]})",
-        soft_wrap=True,
-    )
+    patches, spent = result["patches"], result["seconds"]
+    for patch in patches if len(patches) <= MOST_SHOWN else [patches[0], patches[-1]]:
+        rank = f", rank {patch['rank']}" if patch["rank"] else ""
+        size = screen.human_bytes(patch["bytes"])
+        console.print(
+            f"patch   {escape(patch['file'])}  ({size}{rank}, id {patch['id'][:12]})",
+            soft_wrap=True,
+        )
+    if result["room"] is not None:
+        console.print(f"room    for {result['room']} more facts by {result['method']}")
     console.print("time    " + ", ".join(f"{name} {value:.1f} s" for name, value in spent.items()))
     back = (
         "given back byte for byte"
         if result["restored"]
         else "NOT given back as it was: please report this"
     )
-    console.print(
-        f"model   {escape(result['model'])}, {back}; nothing but the patch file was written"
-    )
-    rest = f"--patch {shlex.quote(patch['file'])}"
+    console.print(f"model   {escape(result['model'])}, {back}; nothing but patch files was written")
+    place = Path(patches[0]["file"])
+    rest = f"--patch {shlex.quote(str(place if len(patches) == 1 else place.parent))}"
     rest += "" if model is None else f" --model {shlex.quote(model)}"
     lines = [f"next    knowpatch ask PROMPT {rest}"]
     if "merged" in METHODS.get(result["method"]).exports:

@@ -25,6 +25,8 @@ def run(as_json: Json = False) -> None:
             f"; {', '.join(yes) or 'one at a time'}"
             f"; ships as: {', '.join(['patch', *fact['exports']])}"
         )
+        if fact["presets"]:
+            console.print(f"    presets: {', '.join(fact['presets'])}")
         for option in fact["options"]:
             default = "" if option["default"] is None else f"={option['default']}"
             console.print(
@@ -54,6 +56,7 @@ def describe(name: str) -> dict[str, Any]:
         "batch": method.batch,
         "sequential": method.sequential,
         "exports": list(method.exports),
+        "presets": list(method.presets),
         "options": [
             {"name": name, "default": field.default, "description": field.description or ""}
             for name, field in method.Config.model_fields.items()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from knowpatch.patch import Patch
 
 Model = Annotated[
     str | None,
@@ -15,5 +18,20 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or 8bit.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Patches = Annotated[
-    list[Path] | None, typer.Option("--patch", metavar="FILE", help="A patch file; repeatable.")
+    list[Path] | None,
+    typer.Option("--patch", metavar="FILE", help="A patch, or a folder of them; repeatable."),
 ]
+
+
+def read_patches(paths: list[Path] | None) -> list[Patch]:
+    """The patches of --patch, those of a folder by the names of their files."""
+    from knowpatch.errors import PatchError
+    from knowpatch.patch import Patch
+
+    found = []
+    for path in paths or []:
+        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+        if not files:
+            raise PatchError(f"{path}: a folder without patches (*.safetensors)")
+        found += [Patch.load(file) for file in files]
+    return found

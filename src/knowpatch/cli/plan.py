@@ -1,13 +1,14 @@
-"""`knowpatch edit --dry-run`: memory, time, and what would be downloaded or prepared.
+"""What is to be known before a model is loaded; `knowpatch edit --dry-run`.
 
-Nothing is loaded, written or downloaded. The time is an estimate: the method's count of tokens
-times the work per token, over the speed of a short matrix product measured here and now.
+Memory, time, and what would be downloaded or prepared. Nothing is loaded, written or downloaded.
+The time is an estimate: the method's count of tokens times the work per token, over the speed of a
+short matrix product measured here and now.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -28,12 +29,36 @@ ASK_TOKENS = 30
 
 
 @dataclass(frozen=True)
-class _Model:
-    """What can be known without loading: the folder, once there is one, and sizes in bytes."""
+class Known:
+    """What can be known of a model without loading it.
 
-    folder: Path | None
+    Attributes:
+        name: what it is called.
+        kind: what it is loaded from.
+        wide_bytes: of its parameters in float32.
+        shape: None before it is downloaded or converted.
+        first: what is to be done before; None if nothing is.
+    """
+
+    name: str
+    kind: load.Source
     wide_bytes: int
+    shape: Shape | None
     first: str | None
+
+    @property
+    def download(self) -> str | None:
+        """What is to be downloaded before."""
+        return self.first if self.kind == "hub" else None
+
+    @property
+    def conversion(self) -> list[str]:
+        """What is to be made once of files that are here."""
+        return [self.first] if self.first and self.kind != "hub" else []
+
+    def seconds(self, tokens: int) -> float:
+        """About how long so many tokens take, run forward, on this machine."""
+        return round(2 * self.wide_bytes / 4 * tokens / _speed(), 1)
 
 
 def show_plan(
@@ -73,66 +98,77 @@ def make_plan(
 ) -> dict[str, Any]:
     """The plan as plain data."""
     method.check_requests(requests)
-    origin = load.resolve(name)
-    model = _look(origin)
+    model = known(name)
     width = load.dtype_for(dtype, load.device_for(device), model.wide_bytes).itemsize
     plan: dict[str, Any] = {
         "method": method.name,
-        "model": load.source_name(origin),
-        "download": model.first if origin.kind == "hub" else None,
-        "prepare": [model.first] if model.first and origin.kind != "hub" else [],
+        "model": model.name,
+        "download": model.download,
+        "prepare": model.conversion,
         "memory_bytes": LIBRARIES_BYTES + model.wide_bytes * width // 4,
         "seconds": None,
     }
-    if model.folder is None:
+    if model.shape is None:
         return plan
-    shape = _shape(model.folder)
-    missing = [item for item in method.preparations(shape) if not item.path.exists()]
+    missing = [item for item in method.preparations(model.shape) if not item.path.exists()]
     lengths = [(len(r.prompt) + len(r.target)) // 4 + 2 for r in requests]
-    cost = method.cost(shape, lengths)
+    cost = method.cost(model.shape, lengths)
     plan["prepare"] += [item.what for item in missing]
     plan["memory_bytes"] += cost.extra_bytes
-    parameters = model.wide_bytes / 4
     asked = 2 * (len(controls()) + 20 * len(requests)) * ASK_TOKENS
     prepared = sum(item.tokens for item in missing)
     tokens = cost.forward_tokens + 2 * cost.backward_tokens + prepared + asked
-    plan["seconds"] = round(2 * parameters * tokens / _speed(), 1)
+    plan["seconds"] = model.seconds(tokens)
     return plan
 
 
-def _look(origin: load.Origin) -> _Model:
-    """The checkpoint behind a name, without loading, converting or downloading it."""
+def known(name: str | None) -> Known:
+    """What is known of the model that `name` names, without loading, converting or downloading it.
+
+    Raises:
+        ModelError: there is none.
+    """
+    origin = load.resolve(name)
+    folder, size, first = _look(origin)
+    shape = None
+    if folder is not None:
+        shape = shape_of(load.config_of(folder), fingerprint.known(folder))
+    return Known(load.source_name(origin), origin.kind, size, shape, first)
+
+
+def _look(origin: load.Origin) -> tuple[Path | None, int, str | None]:
+    """Its folder, if there is one yet; bytes in float32; and what is to be done before."""
     if origin.kind == "hub":
         return _look_at_hub(origin.name)
     if origin.kind == "folder":
         load.check_folder(origin.path)
-        return _Model(origin.path, load.float32_bytes(origin.path), None)
+        return origin.path, load.float32_bytes(origin.path), None
     if not origin.path.is_file():
         raise ModelError(f"{origin.path}: no such GGUF file")
     folder = converted_folder(origin.path)
     if folder.is_dir():
-        return _Model(folder, load.float32_bytes(folder), None)
+        return folder, load.float32_bytes(folder), None
     size = origin.path.stat().st_size
     # Quantised weights take five to nine bits each; in float32 that is about six times the file.
     first = f"convert {origin.path.name} once ({screen.human_bytes(size)}) into {folder}"
-    return _Model(None, 6 * size, first)
+    return None, 6 * size, first
 
 
-def _look_at_hub(name: str) -> _Model:
+def _look_at_hub(name: str) -> tuple[Path | None, int, str | None]:
     from huggingface_hub import HfApi, snapshot_download
 
     with contextlib.suppress(Exception):
         folder = Path(snapshot_download(name, allow_patterns=load.HUB_FILES, local_files_only=True))
         if fingerprint.shards(folder):
-            return _Model(folder, load.float32_bytes(folder), None)
+            return folder, load.float32_bytes(folder), None
     with load.plain_hub_errors(name):
         files = HfApi().model_info(name, files_metadata=True).siblings or []
     size = sum(f.size or 0 for f in files if f.rfilename.endswith((".safetensors", ".json")))
-    return _Model(None, 2 * size, f"{name} from the hub, {screen.human_bytes(size)}")
+    return None, 2 * size, f"{name} from the hub, {screen.human_bytes(size)}"
 
 
-def _shape(folder: Path) -> Shape:
-    config = load.config_of(folder)
+def shape_of(config: Mapping[str, Any], digest: str) -> Shape:
+    """What a model's config says of its shape; `digest` is its fingerprint, "" if not known."""
     config = config.get("text_config", config)
 
     def first(*names: str, default: int = 0) -> int:
@@ -143,7 +179,7 @@ def _shape(folder: Path) -> Shape:
         layers=first("num_hidden_layers", "n_layer", default=24),
         hidden=hidden,
         inner=first("intermediate_size", "n_inner", "ffn_dim", default=4 * hidden),
-        fingerprint=fingerprint.known(folder),
+        fingerprint=digest,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from knowpatch.cli import screen
-from knowpatch.cli.options import Json, Model, Patches
+from knowpatch.cli.options import Json, Model, Patches, read_patches
 
 
 def run(
@@ -22,13 +22,12 @@ def run(
     """Write the model with patches merged into its weights as a safetensors folder."""
     from knowpatch.editing import load
     from knowpatch.errors import InputError
-    from knowpatch.patch import Patch
 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: exists and is not an empty folder; name a new one")
     if not patch:
         raise InputError("nothing to merge; give at least one --patch FILE")
-    patches = [Patch.load(path) for path in patch]
+    patches = read_patches(patch)
     with screen.reporting() as report:
         edited = load(model, dtype="stored", progress=report)
         for item in patches:

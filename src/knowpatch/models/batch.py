@@ -63,3 +63,10 @@ class Batch:
         index = torch.tensor(rows, dtype=torch.long, device=self.mask_BT.device)
         width = int(self.mask_BT[index].sum(1).max())
         return Batch(self.ids_BT[index, :width], self.mask_BT[index, :width], (0,) * len(rows))
+
+
+def last_columns(ids_BT: Tensor, mask_BT: Tensor | None) -> list[int]:
+    """The column of each row's last token."""
+    columns_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand(ids_BT.shape)
+    lasts_B = (columns_BT if mask_BT is None else columns_BT * mask_BT.bool()).max(dim=1).values
+    return list(map(int, lasts_B))

@@ -5,7 +5,8 @@ or below block l's input. So each row's tokens before p are read once (their key
 kept), and so is what enters block l from p on; a replayed pass then runs blocks l and above, from p
 on, and the head at the wanted places. The mathematics is that of the full pass: a probe per model
 says whether it holds, and where it does not, the full pass runs.
-Axes: B rows, S columns from the changed position on, D hidden size, M wanted places, V vocabulary.
+Axes: B rows, S changed modules, T columns from the changed position on, D hidden size, M wanted
+places, V vocabulary.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ TOLERANCE = 1e-3
 class Pass(Protocol):
     """Passes over the same rows with different vectors added."""
 
-    def logits(self, shift_BD: Tensor) -> Tensor:
-        """(M, V), float32: with shift_BD[i] added at the changed position of row i."""
+    def logits(self, shift_BSD: Tensor) -> Tensor:
+        """(M, V), float32: with shift_BSD[i, s] added to module s at row i's changed position."""
 
     def keep(self, rows: Sequence[int]) -> None:
         """Forget all rows but these; wanted places stay in their order."""
@@ -43,43 +44,48 @@ class Pass(Protocol):
 
 def passes(
     view: ModelView,
-    module: str,
+    modules: Sequence[str],
     rows: Sequence[Row],
     places: Sequence[Place],
     *,
     dtype: torch.dtype | None = None,
 ) -> Pass:
-    """Passes over `rows` that can be repeated with different changes of `module`'s output.
+    """Passes over `rows` that can be repeated with different changes of `modules`' outputs.
 
     Args:
         view: the model, with trials in force now.
-        module: path of a module in one of the blocks.
+        modules: paths of modules in the blocks.
         rows: ids, and the position that is changed.
         places: where logits are wanted, (row, position), at the changed position or behind it.
         dtype: of the replayed part; None for the model's own.
     """
     view.limits.check(max(len(row.ids) for row in rows), view.source)
-    attention = _holding(view, module)
+    modules = tuple(modules)
+    attention = _holding(view, modules)
     fits = view.limits.reads_in_pieces(max(len(row.ids) for row in rows), 3)
     if attention is None or not fits:
-        return Whole(view, module, rows, places)
-    return Replay(view, module, rows, places, dtype=dtype, attention=attention)
+        return Whole(view, modules, rows, places)
+    return Replay(view, modules, rows, places, dtype=dtype, attention=attention)
 
 
 class Whole:
     """The plain way: the full pass each time."""
 
     def __init__(
-        self, view: ModelView, module: str, rows: Sequence[Row], places: Sequence[Place]
+        self,
+        view: ModelView,
+        modules: Sequence[str],
+        rows: Sequence[Row],
+        places: Sequence[Place],
     ) -> None:
-        self.view, self.module, self.rows, self.places = view, module, list(rows), list(places)
+        self.view, self.modules, self.rows, self.places = view, modules, list(rows), list(places)
 
-    def logits(self, shift_BD: Tensor) -> Tensor:
-        shift = Shift(self.module, [(i, row.position) for i, row in enumerate(self.rows)], shift_BD)
+    def logits(self, shift_BSD: Tensor) -> Tensor:
+        where = [(i, row.position) for i, row in enumerate(self.rows)]
         run = self.view.run(
             [row.ids for row in self.rows],
             logits_at=self.places,
-            shifts=[shift],
+            shifts=_shifts(self.modules, where, shift_BSD),
             grad=True,
             prompts=[row.end for row in self.rows],
         )
@@ -96,7 +102,7 @@ class Replay:
     def __init__(
         self,
         view: ModelView,
-        module: str,
+        modules: Sequence[str],
         rows: Sequence[Row],
         places: Sequence[Place],
         *,
@@ -116,8 +122,8 @@ class Replay:
         ends = [max((i for r, i in places if r == row), default=0) for row in range(len(rows))]
         wanted = [row.ids[row.position : end + 1] for row, end in zip(rows, ends, strict=True)]
         self._piece = Batch.of(wanted, pad=0, side="right", device=view.device)
-        self._known = self._skip_below(view, view.roles.block_of(module))
-        self._module = module
+        self._known = self._skip_below(view, min(map(view.roles.block_of, modules)))
+        self._modules = modules
 
     def _skip_below(self, view: ModelView, block: int) -> _Known | None:
         """Run once what is below `block`, and put what it gives in its place."""
@@ -146,11 +152,12 @@ class Replay:
     def _forward(self) -> Any:
         return self._twin(**self._past.inputs(self._piece), use_cache=False)
 
-    def logits(self, shift_BD: Tensor) -> Tensor:
-        shift = Shift(self._module, [(row, 0) for row in range(len(self._lasts))], shift_BD)
+    def logits(self, shift_BSD: Tensor) -> Tensor:
+        shifts = _shifts(self._modules, [(row, 0) for row in range(len(self._lasts))], shift_BSD)
+        part = self._twin.get_submodule
         hooks = [
             *self._beside(self._lasts),
-            shifting(self._twin.get_submodule(self._module), self._piece, shift),
+            *(shifting(part(shift.module), self._piece, shift) for shift in shifts),
             choosing(self._head, self._piece, self._places),
         ]
         with registered(hooks), torch.enable_grad():
@@ -167,7 +174,7 @@ class Replay:
 
 
 class _Known(nn.Module):
-    """Stands for blocks whose output (B, S, D) is known."""
+    """Stands for blocks whose output (B, T, D) is known."""
 
     def __init__(self, output: Any) -> None:
         super().__init__()
@@ -183,47 +190,51 @@ class _Known(nn.Module):
             self.output = self.output[list(rows), :columns]
 
 
+def _shifts(modules: Sequence[str], places: Sequence[Place], shift_BSD: Tensor) -> list[Shift]:
+    return [Shift(module, places, shift_BSD[:, s]) for s, module in enumerate(modules)]
+
+
 def renumbered(places: Sequence[Place], rows: Sequence[int]) -> list[Place]:
     """The places in `rows`, as if these were all rows there are."""
     number = {row: i for i, row in enumerate(rows)}
     return [(number[row], i) for row, i in places if row in number]
 
 
-def _holding(view: ModelView, module: str) -> str | None:
+def _holding(view: ModelView, modules: tuple[str, ...]) -> str | None:
     """The attention with which a replay of this model gives what the full pass gives, if any.
 
     Plain attention first: for so few positions it is fast forward and backward in every precision.
     """
-    if module not in view.probed:
+    if modules not in view.probed:
         own = view.model.config._attn_implementation
         faults = []
         for attention in dict.fromkeys(("eager", own)):
-            fault = _fault(view, module, attention)
+            fault = _fault(view, modules, attention)
             if fault is None:
-                view.probed[module] = attention
+                view.probed[modules] = attention
                 break
             faults.append(f"{attention}: {fault}")
         else:
-            view.probed[module] = None
+            view.probed[modules] = None
             log.warning(
                 "%s is run whole where a part would do, since replaying gives other numbers (%s)",
                 view.source,
                 "; ".join(faults),
             )
-    return view.probed[module]
+    return view.probed[modules]
 
 
-def _fault(view: ModelView, module: str, attention: str) -> str | None:
+def _fault(view: ModelView, modules: tuple[str, ...], attention: str) -> str | None:
     """What is wrong with a replay on a few rows; None if nothing is."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         ids = torch.randint(min(view.vocabulary, 1000), (3, 9)).tolist()
-        shift = torch.randn(3, view.roles.hidden_size)
+        shift = torch.randn(3, len(modules), view.roles.hidden_size)
     rows = [Row(tuple(ids[0]), 4), Row((*ids[0][:3], *ids[1][:3]), 5), Row(tuple(ids[2]), 1)]
     places = [(0, 4), (0, 8), (1, 5), (2, 3), (2, 7)]
-    whole = Whole(view, module, rows, places)
+    whole = Whole(view, modules, rows, places)
     try:
-        part = Replay(view, module, rows, places, dtype=None, attention=attention)
+        part = Replay(view, modules, rows, places, dtype=None, attention=attention)
         found = [_probe(way, shift.to(view.device)) for way in (whole, part)]
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
         return f"{type(error).__name__}: {error}".splitlines()[0]
@@ -234,8 +245,8 @@ def _fault(view: ModelView, module: str, attention: str) -> str | None:
     return None
 
 
-def _probe(way: Pass, shift_BD: Tensor) -> tuple[Tensor, Tensor]:
-    leaf = shift_BD.clone()
+def _probe(way: Pass, shift_BSD: Tensor) -> tuple[Tensor, Tensor]:
+    leaf = shift_BSD.clone()
     leaf.requires_grad_()
     logits = way.logits(leaf)
     (grad,) = torch.autograd.grad(logits.log_softmax(-1)[:, 0].sum(), leaf)

@@ -76,7 +76,7 @@ class ModelView:
         # One pass at a time: hooks sit on modules that all threads share.
         self.lock = threading.RLock()
         self.form = self.form or str(self.embedding.dtype).removeprefix("torch.")
-        self.probed: dict[str, str | None] = {}
+        self.probed: dict[object, str | None] = {}
         self._joined: dict[Any, list[Joined]] = {}
 
     @property

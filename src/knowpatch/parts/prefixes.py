@@ -8,13 +8,12 @@ ran before, or another model, cannot change them.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
-from knowpatch.files import cache_folder, write_atomically
+from knowpatch.files import kept_in, write_atomically
 from knowpatch.models.sampling import Sampled
 from knowpatch.models.view import ModelView
 from knowpatch.progress import Progress, silent
@@ -28,8 +27,8 @@ Plan = Sequence[tuple[int, int]]
 
 def kept_at(fingerprint: str, plan: Plan, seed: int) -> Path:
     """The file that the prefixes of one model, plan and seed are kept in."""
-    key = hashlib.sha256(json.dumps([2, fingerprint, list(plan), seed, TOP_K, STARTS]).encode())
-    return cache_folder() / "prefixes" / f"{key.hexdigest()[:32]}.json"
+    content = json.dumps([2, fingerprint, list(plan), seed, TOP_K, STARTS])
+    return kept_in("prefixes", content, ".json")
 
 
 def context_prefixes(

@@ -8,7 +8,6 @@ all that must be told apart. Kept per model and place.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from knowpatch.files import cache_folder, write_atomically
+from knowpatch.files import kept_in, write_atomically
 from knowpatch.models.passes import Tap
 from knowpatch.models.view import ModelView
 from knowpatch.probes import ABOUT, LEAD_INS, controls, subjects
@@ -37,8 +36,8 @@ class Scope:
 
 def kept_at(fingerprint: str, role: str, layer: int) -> Path:
     """The file that the scope of one map of one model is kept in."""
-    key = hashlib.sha256(json.dumps([fingerprint, role, layer, NEAREST, LEAD_INS, ABOUT]).encode())
-    return cache_folder() / "scopes" / f"{key.hexdigest()[:32]}.json"
+    content = json.dumps([fingerprint, role, layer, NEAREST, LEAD_INS, ABOUT])
+    return kept_in("scopes", content, ".json")
 
 
 def key_scope(view: ModelView, role: str, layer: int, progress: Progress = silent) -> Scope:

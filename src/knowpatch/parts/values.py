@@ -8,8 +8,9 @@ Adam on
 
 within the ball |delta| <= clamp * |v0|. The model itself is never trained. Several tasks are one
 batch: their deltas are independent, their losses are summed, each stops by itself and leaves the
-batch. Passes are replayed (models/replay.py).
-Axes: N tasks, D width of the module's output, B rows, M wanted places, V vocabulary.
+batch. Several modules may be changed at once, each with a vector and a ball of its own (PMET, arXiv
+2308.08742). Passes are replayed (models/replay.py).
+Axes: N tasks, S modules, D width of their outputs, B rows, M wanted places, V vocabulary.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ TOGETHER = 1024
 """Tokens that are replayed in one batch at most, padding included."""
 PADDING = 1.25
 """Times the tokens that a batch may take up with its padding, unless it is small."""
+EASED, EASY_KL = 0.1, 0.01
 SMALL = 128
 """Tokens up to which a batch costs the same, whatever is in it."""
 
@@ -67,6 +69,10 @@ class ValueSettings:
         weight_decay, kl_factor: weights of the two terms.
         enough: a task is done when its NLL is below this. (The published code tests the whole
             loss, which the KL term of a small model may never let fall so far.)
+        hits: a task is done, too, when its target has been the likeliest in every context in this
+            many steps (ENCORE's early stop, arXiv 2502.01636); None for never.
+        easing: as long as the target is the likeliest in every context its NLL weighs a tenth, and
+            the task is done when KL is at most EASY_KL then (PMET).
         dtype: of the replayed passes; None for the model's own. Values stay in float32.
     """
 
@@ -76,35 +82,47 @@ class ValueSettings:
     weight_decay: float
     kl_factor: float
     enough: float
+    hits: int | None = None
+    easing: bool = False
     dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Value:
-    """clean_D: the module's output on the bare prompt; delta_D: what to add; and how it went."""
+    """clean_SD: the modules' outputs on the bare prompt; delta_SD: what to add; how it went."""
 
-    clean_D: Tensor
-    delta_D: Tensor
+    clean_SD: Tensor
+    delta_SD: Tensor
     nll: float
     kl: float
     steps: int
 
+    @property
+    def clean_D(self) -> Tensor:
+        """Of the first module."""
+        return self.clean_SD[0]
+
+    @property
+    def delta_D(self) -> Tensor:
+        """Of the first module."""
+        return self.delta_SD[0]
+
 
 def optimise(
     view: ModelView,
-    module: str,
+    modules: Sequence[str],
     tasks: Sequence[ValueTask],
     settings: ValueSettings,
     progress: Progress = silent,
 ) -> list[Value]:
-    """The value of `module`'s output for each task.
+    """The values of the outputs of `modules` for each task.
 
     Raises:
         EditError: a loss that is not finite.
     """
     values: dict[int, Value] = {}
     for numbers in _batches(tasks):
-        descent = _Descent(view, module, [tasks[i] for i in numbers], settings)
+        descent = _Descent(view, modules, [tasks[i] for i in numbers], settings)
         for finished in descent.steps():
             progress("optimising values", len(values) + finished, len(tasks))
         values.update(zip(numbers, descent.values(), strict=True))
@@ -129,27 +147,33 @@ class _Descent:
     """Adam on the deltas of a few tasks; what is done leaves."""
 
     def __init__(
-        self, view: ModelView, module: str, tasks: Sequence[ValueTask], settings: ValueSettings
+        self,
+        view: ModelView,
+        modules: Sequence[str],
+        tasks: Sequence[ValueTask],
+        settings: ValueSettings,
     ) -> None:
         self.settings = settings
         self.places = _Places.of(tasks, view.device)
         self.passes = passes(
             view,
-            module,
+            modules,
             [row for task in tasks for row in task.rows],
             self.places.where,
             dtype=settings.dtype,
         )
-        self.clean_ND = _clean_outputs(view, module, tasks)
-        norm_N = self.clean_ND.norm(dim=1)
+        self.clean_NSD = _clean_outputs(view, modules, tasks)
+        norm_NS = self.clean_NSD.norm(dim=2)
         clamp = settings.clamp
-        self.radius_N = norm_N * (torch.inf if clamp is None else clamp)
-        self.rate_N = norm_N * (clamp or 0.5) / (4 * self.clean_ND.shape[1] ** 0.5)
+        self.radius_NS = norm_NS * (torch.inf if clamp is None else clamp)
+        self.rate_NS = norm_NS * (clamp or 0.5) / (4 * self.clean_NSD.shape[2] ** 0.5)
         if settings.learning_rate is not None:
-            self.rate_N = torch.full_like(norm_N, settings.learning_rate)
-        self.decay_N = settings.weight_decay / norm_N**2
-        self.delta_ND = torch.zeros_like(self.clean_ND)
-        self.adam = _Adam(self.delta_ND)
+            self.rate_NS = torch.full_like(norm_NS, settings.learning_rate)
+        self.decay_NS = settings.weight_decay / norm_NS**2
+        self.delta_NSD = torch.zeros_like(self.clean_NSD)
+        self.adam = _Adam(self.delta_NSD)
+        self.hits_N = torch.zeros(len(tasks), device=view.device)
+        self.eased_N = torch.zeros(len(tasks), device=view.device, dtype=torch.bool)
         self.alive = torch.arange(len(tasks), device=view.device)
         self.old_NV: Tensor | None = None
         self.found: list[Value | None] = [None] * len(tasks)
@@ -167,50 +191,65 @@ class _Descent:
 
     def _step(self, step: int) -> None:
         alive = self.alive
-        delta_AD = self.delta_ND[alive].clone()
-        delta_AD.requires_grad_()
-        nll_A, kl_A = self._losses(delta_AD)
-        decay_A = self.decay_N[alive] * delta_AD.norm(dim=1)
-        loss_A = nll_A + self.settings.kl_factor * kl_A + decay_A
+        delta_ASD = self.delta_NSD[alive].clone()
+        delta_ASD.requires_grad_()
+        nll_A, kl_A, led_A = self._losses(delta_ASD)
+        weight_A = torch.where(self.eased_N[alive], EASED, 1.0)
+        decay_A = (self.decay_NS[alive] * delta_ASD.norm(dim=2)).sum(1)
+        loss_A = weight_A * nll_A + self.settings.kl_factor * kl_A + decay_A
         if not bool(torch.isfinite(loss_A).all()):
             raise EditError(
                 f"the loss is not finite at step {step} of {self.settings.steps}: use a smaller "
                 "learning_rate or clamp, or load the model in float32"
             )
-        last = step == self.settings.steps - 1
-        done_A = (nll_A.detach() < self.settings.enough) | last
+        done_A = self._done(nll_A.detach(), kl_A.detach(), led_A)
+        done_A = done_A | (step == self.settings.steps - 1)
         for i in done_A.nonzero()[:, 0].tolist():
             task, nll, kl = int(alive[i]), float(nll_A[i].detach()), float(kl_A[i].detach())
-            self.found[task] = Value(self.clean_ND[task], self.delta_ND[task], nll, kl, step)
+            self.found[task] = Value(self.clean_NSD[task], self.delta_NSD[task], nll, kl, step)
         if bool(done_A.all()):
             self.alive = alive[:0]
             return
-        (grad_AD,) = torch.autograd.grad(loss_A.sum(), delta_AD)
-        self._move(alive[~done_A], grad_AD[~done_A])
+        (grad_ASD,) = torch.autograd.grad(loss_A.sum(), delta_ASD)
+        self._move(alive[~done_A], grad_ASD[~done_A])
         if bool(done_A.any()):
             self._keep(~done_A)
 
-    def _move(self, tasks: Tensor, grad_AD: Tensor) -> None:
-        """One step of Adam, and back into the ball."""
-        direction_AD = self.adam.direction(tasks, grad_AD)
-        moved_AD = self.delta_ND[tasks] - self.rate_N[tasks, None] * direction_AD
-        shrink_A = (self.radius_N[tasks] / moved_AD.norm(dim=1).clamp(min=1e-12)).clamp(max=1)
-        self.delta_ND[tasks] = moved_AD * shrink_A[:, None]
+    def _done(self, nll_A: Tensor, kl_A: Tensor, led_A: Tensor) -> Tensor:
+        """Which of the tasks that are left are done; led_A: target likeliest everywhere."""
+        done_A = nll_A < self.settings.enough
+        if self.settings.easing:
+            self.eased_N[self.alive] = led_A
+            done_A = done_A | (led_A & (kl_A <= EASY_KL))
+        if self.settings.hits is not None:
+            self.hits_N[self.alive] += led_A
+            done_A = done_A | (self.hits_N[self.alive] >= self.settings.hits)
+        return done_A
 
-    def _losses(self, delta_AD: Tensor) -> tuple[Tensor, Tensor]:
-        """NLL and KL of each task that is left."""
+    def _move(self, tasks: Tensor, grad_ASD: Tensor) -> None:
+        """One step of Adam, and back into the balls."""
+        direction_ASD = self.adam.direction(tasks, grad_ASD)
+        moved_ASD = self.delta_NSD[tasks] - self.rate_NS[tasks, :, None] * direction_ASD
+        shrink_AS = (self.radius_NS[tasks] / moved_ASD.norm(dim=2).clamp(min=1e-12)).clamp(max=1)
+        self.delta_NSD[tasks] = moved_ASD * shrink_AS[:, :, None]
+
+    def _losses(self, delta_ASD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """NLL and KL of each task that is left, and whether its target leads in every context."""
         places = self.places
-        logprobs_MV = self.passes.logits(delta_AD[places.task_B]).log_softmax(-1)
+        logprobs_MV = self.passes.logits(delta_ASD[places.task_B]).log_softmax(-1)
         labelled = places.label_M >= 0
-        picked = logprobs_MV[labelled].gather(1, places.label_M[labelled, None])[:, 0]
-        none = torch.zeros(len(self.alive), device=delta_AD.device)
+        labels = places.label_M[labelled]
+        picked = logprobs_MV[labelled].gather(1, labels[:, None])[:, 0]
+        none = torch.zeros(len(self.alive), device=delta_ASD.device)
         owner, weight = places.task_M[labelled], places.weight_M[labelled]
         nll_A = none.index_add(0, owner, -picked * weight)
+        behind = (logprobs_MV[labelled].argmax(-1) != labels).float()
+        led_A = none.index_add(0, owner, behind) == 0
         new_KV = logprobs_MV[~labelled]
         if self.old_NV is None:
             self.old_NV = new_KV.detach()
         kl_K = (new_KV.exp() * (new_KV - self.old_NV)).sum(-1)
-        return nll_A, none.index_add(0, places.task_M[~labelled], kl_K)
+        return nll_A, none.index_add(0, places.task_M[~labelled], kl_K), led_A
 
     def _keep(self, kept_A: Tensor) -> None:
         """Only these of the tasks that are left go on."""
@@ -272,22 +311,24 @@ class _Places:
 
 
 class _Adam:
-    """Adam's direction, row by row, with its default betas and without a step of its own."""
+    """Adam's direction, task by task, with its default betas and without a step of its own."""
 
-    def __init__(self, like_ND: Tensor) -> None:
-        self.first_ND, self.second_ND = torch.zeros_like(like_ND), torch.zeros_like(like_ND)
+    def __init__(self, like: Tensor) -> None:
+        self.first, self.second = torch.zeros_like(like), torch.zeros_like(like)
         self.count = 0
 
-    def direction(self, rows: Tensor, grad_AD: Tensor) -> Tensor:
+    def direction(self, tasks: Tensor, grad: Tensor) -> Tensor:
         self.count += 1
-        self.first_ND[rows] = first = 0.9 * self.first_ND[rows] + 0.1 * grad_AD
-        self.second_ND[rows] = second = 0.999 * self.second_ND[rows] + 0.001 * grad_AD**2
+        self.first[tasks] = first = 0.9 * self.first[tasks] + 0.1 * grad
+        self.second[tasks] = second = 0.999 * self.second[tasks] + 0.001 * grad**2
         first, second = first / (1 - 0.9**self.count), second / (1 - 0.999**self.count)
         return first / (second.sqrt() + 1e-8)
 
 
-def _clean_outputs(view: ModelView, module: str, tasks: Sequence[ValueTask]) -> Tensor:
-    tap = Tap(module, "output")
+def _clean_outputs(view: ModelView, modules: Sequence[str], tasks: Sequence[ValueTask]) -> Tensor:
+    """What the modules put out on the bare prompts (N, S, D)."""
+    taps = [Tap(module, "output") for module in modules]
     rows = [task.contexts[0] for task in tasks]
-    run = view.run([row.ids for row in rows], taps=[tap], prompts=[row.end for row in rows])
-    return run.at(tap, [(row, task.contexts[0].position) for row, task in enumerate(tasks)])
+    run = view.run([row.ids for row in rows], taps=taps, prompts=[row.end for row in rows])
+    places = [(row, task.contexts[0].position) for row, task in enumerate(tasks)]
+    return torch.stack([run.at(tap, places) for tap in taps], dim=1)

@@ -97,7 +97,7 @@ class Grace(EditMethod):
     ) -> list[tuple[EditRequest, Memory]]:
         """Each request with its entry, a memory of one."""
         tasks = [self._task(view, request) for request in requests]
-        values = optimise(view, module, tasks, self._settings(), self.progress)
+        values = optimise(view, [module], tasks, self._settings(), self.progress)
         prompts = [task.contexts[0] for task in tasks]
         tap = Tap(module, "input")
         run = view.run([row.ids[: row.position + 1] for row in prompts], taps=[tap])

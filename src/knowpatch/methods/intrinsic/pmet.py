@@ -1,0 +1,72 @@
+"""PMET: what attention should carry is kept apart from what is written into the MLPs.
+
+Li et al., "PMET: Precise Model Editing in a Transformer" (arXiv 2308.08742). Two vectors are
+optimised together at the last layer, one added to its attention's output and one to its MLP's; the
+first takes up what does not belong into the MLP and is thrown away. The gap is measured at the
+MLP's output, and a layer writes one over the square root of the layers left of it; the solve is
+MEMIT's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pydantic import Field
+from torch import Tensor
+
+from knowpatch.method import register
+from knowpatch.models.view import ModelView
+from knowpatch.parts.keep import Ridge
+from knowpatch.parts.located import ROLE
+from knowpatch.parts.published import PLAIN, SPREAD, extended
+from knowpatch.parts.spread import Spread, WeighedConfig, weighed
+from knowpatch.parts.values import ValueSettings
+
+
+class PmetConfig(WeighedConfig):
+    """Options of PMET."""
+
+    clamp: float = Field(4.0, gt=0, description="how far a value may move, in its own length")
+
+
+@register("pmet")
+class Pmet(Spread):
+    """Writes a batch of associations into several MLPs, with attention's part left out."""
+
+    name = "pmet"
+    paper = "Li et al. 2023, arXiv 2308.08742"
+    summary = "as memit, with attention's and the MLP's values optimised apart"
+    choose = "as memit; where memit's values spoil what is said around the fact"
+    roles = (ROLE, "attn.out")
+    Config = PmetConfig
+    presets = extended(
+        SPREAD,
+        {
+            "gpt-j-6b": {
+                "learning_rate": 0.2,
+                "steps": 30,
+                "kl_factor": 1.0,
+                "weight": 6000.0,
+                **PLAIN,
+            },
+            "llama-2-7b": {
+                "steps": 20,
+                "clamp": 1.0,
+                "weight": 15_000.0,
+                **PLAIN,
+            },
+        },
+    )
+
+    def keep(self, second_II: Tensor, pilots_IN: Tensor) -> Ridge:
+        return weighed(second_II, pilots_IN, self.config)
+
+    def value_modules(self, view: ModelView) -> tuple[str, ...]:
+        last = self.layers(len(view.roles.blocks))[-1]
+        return tuple(view.roles.linear(role, last).module for role in (ROLE, "attn.out"))
+
+    def share(self, layers_left: int) -> float:
+        return float(layers_left**-0.5)
+
+    def settings(self, view: ModelView) -> ValueSettings:
+        return replace(super().settings(view), easing=True)

@@ -1,0 +1,345 @@
+"""What the locate-then-edit methods share: facts are written into the MLP output maps of blocks.
+
+The key of a fact is what enters the map at the subject's last token, the value what a module should
+put out there for the target to follow (parts/values.py); both are taken behind several contexts
+(parts/prefixes.py). What text needs of the map is its key statistics (parts/moments.py).
+Axes: C contexts, D hidden, I inner size of the MLP, N facts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from knowpatch.deltas import Dense, LowRank, WeightDelta
+from knowpatch.errors import EditError
+from knowpatch.files import kept_in, write_atomically
+from knowpatch.method import Cost, EditMethod, MethodConfig, Preparation, Shape
+from knowpatch.models.load import fast_dtype
+from knowpatch.models.passes import Row, Tap
+from knowpatch.models.roles import LinearRole
+from knowpatch.models.view import ModelView
+from knowpatch.parts import moments, prefixes
+from knowpatch.parts.pilots import pilots
+from knowpatch.parts.solve import Factors
+from knowpatch.parts.spans import Encoded, continuation, subject_position
+from knowpatch.parts.stabilise import anchor, anchored, kept_off, leading, rect, step
+from knowpatch.parts.values import Value, ValueSettings, ValueTask, optimise
+from knowpatch.patch import Patch
+from knowpatch.request import EditRequest
+
+log = logging.getLogger(__name__)
+
+ROLE = "mlp.out"
+ANCHORS = 100
+"""Pilot facts whose values say how long values should be."""
+READ_TOKENS = 2048
+"""Tokens read in one pass for keys."""
+
+
+class LocatedConfig(MethodConfig):
+    """Options that the locate-then-edit methods share."""
+
+    contexts: int = Field(6, ge=0, le=100, description="texts put before the prompt, one at a time")
+    precision: Literal["auto", "model"] = Field(
+        "auto", description="of the replayed passes: bfloat16 where that is fast, or the model's"
+    )
+    text: str | None = Field(
+        None, description="for key statistics: file, folder, hub dataset, or self (the model's own)"
+    )
+    tokens: int = Field(20_000, ge=100, description="tokens of text for the key statistics")
+    steps: int = Field(30, ge=2, description="steps of the value's optimisation, at most")
+    learning_rate: float | None = Field(
+        None, gt=0, description="of Adam on the value; by default from the value's size"
+    )
+    clamp: float = Field(6.0, gt=0, description="how far the value may move, in its own length")
+    weight_decay: float = Field(1e-3, ge=0, description="on the value's change")
+    kl_factor: float = Field(0.0625, ge=0, description="on the drift of what the subject is")
+    enough: float = Field(0.03, gt=0, description="stop when the target's mean NLL is below this")
+    hits: int | None = Field(
+        None, ge=1, description="or when the target led in every context in so many steps (ENCORE)"
+    )
+    anchor: Literal["scale", "cap"] | None = Field(
+        None, description="values of the norm that pilot edits have (NAS); cap: never longer"
+    )
+    sparse: float | None = Field(
+        None, gt=0, le=1, description="share of the change's entries to keep (RECT); makes it dense"
+    )
+    protect: float | None = Field(
+        None, gt=0, lt=1, description="share of the map's energy to leave alone (SPHERE)"
+    )
+    restrain: float | None = Field(
+        None, gt=1, description="hold the sum of such edits below the map's norm: log base (PRUNE)"
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Fact:
+    """What a model says of a fact now: keys (C, I) of the map, and outputs of tapped modules."""
+
+    keys_CI: Tensor
+    outputs: Mapping[Tap, Tensor]
+
+    @property
+    def bare_I(self) -> Tensor:
+        return self.keys_CI[0]
+
+    @property
+    def grouped_I(self) -> Tensor:
+        """Half of the bare prompt's key, half of the other contexts' mean (MEMIT)."""
+        if len(self.keys_CI) == 1:
+            return self.keys_CI[0]
+        return (self.keys_CI[0] + self.keys_CI[1:].mean(0)) / 2
+
+    def both(self) -> tuple[Tensor, ...]:
+        """The bare prompt's key and the other contexts' mean (I each)."""
+        if len(self.keys_CI) == 1:
+            return (self.keys_CI[0],)
+        return self.keys_CI[0], self.keys_CI[1:].mean(0)
+
+
+class Located(EditMethod):
+    """A method that writes facts into the MLP output map of some blocks."""
+
+    family = "intrinsic"
+    needs = ("subject",)
+    roles: ClassVar[tuple[str, ...]] = (ROLE,)
+    Config: ClassVar[type[LocatedConfig]] = LocatedConfig
+
+    def layers(self, count: int) -> tuple[int, ...]:
+        """The blocks to edit of a model that has `count`, from low to high."""
+        raise NotImplementedError
+
+    def value_modules(self, view: ModelView) -> tuple[str, ...]:
+        """Whose outputs are optimised; the first one's value is written."""
+        return (self.role(view, self.layers(len(view.roles.blocks))[-1]).module,)
+
+    def role(self, view: ModelView, layer: int) -> LinearRole:
+        return view.roles.linear(ROLE, layer)
+
+    # -- reading -----------------------------------------------------------------------------------
+
+    def contexts(self, view: ModelView) -> tuple[str, ...]:
+        return prefixes.context_prefixes(view, self.plan(), seed=self.seed, progress=self.progress)
+
+    def plan(self) -> tuple[tuple[int, int], ...]:
+        """Half of the context prefixes of 5 tokens, half of 10."""
+        short = self.config.contexts // 2
+        return ((short, 5), (self.config.contexts - short, 10))
+
+    def task(self, view: ModelView, request: EditRequest, contexts: Sequence[str]) -> ValueTask:
+        """The request's prompt behind each context, and where its subject ends."""
+        subject, chat = request.subject or "", self.config.chat
+
+        def row(encoded: Encoded, target: tuple[int, ...] = ()) -> Row:
+            position = subject_position(encoded, subject)
+            return Row((*encoded.ids, *target[:-1]), position, len(encoded.ids))
+
+        bare, target = self.encode(view, request)
+        rows = [row(bare, target)]
+        for context in contexts[1:]:
+            encoded = view.encode(request.prompt, chat=chat, before=context)
+            rows.append(row(encoded, continuation(view.tokenizer, encoded, request.target)))
+        return ValueTask(target, tuple(rows), row(view.encode(f"{subject} is a", chat=chat)))
+
+    def settings(self, view: ModelView) -> ValueSettings:
+        names = ("steps", "learning_rate", "clamp", "weight_decay", "kl_factor", "enough", "hits")
+        dtype = fast_dtype(view.device) if self.config.precision == "auto" else None
+        return ValueSettings(**{name: getattr(self.config, name) for name in names}, dtype=dtype)
+
+    def read(
+        self, view: ModelView, layer: int, tasks: Sequence[ValueTask], taps: Sequence[Tap] = ()
+    ) -> list[Fact]:
+        """Each fact's keys at a layer, and what `taps` see at the same places, float64."""
+        key = Tap(self.role(view, layer).module, "input")
+        wanted = [key, *taps]
+        facts: list[Fact] = []
+        for batch in _batches(tasks):
+            # What follows the subject does not change its key.
+            rows = [row for task in batch for row in task.contexts]
+            run = view.run([row.ids[: row.position + 1] for row in rows], taps=wanted)
+            places = [(i, row.position) for i, row in enumerate(rows)]
+            seen = {tap: run.at(tap, places).cpu().double() for tap in wanted}
+            start = 0
+            for task in batch:
+                stop = start + len(task.contexts)
+                mine = {tap: tensor[start:stop] for tap, tensor in seen.items()}
+                facts.append(Fact(mine.pop(key), mine))
+                start = stop
+        return facts
+
+    # -- statistics --------------------------------------------------------------------------------
+
+    def statistics(self, view: ModelView, layers: Sequence[int]) -> dict[int, Tensor]:
+        """The second moment of keys over text (I, I), float64, of each of these layers."""
+        found = moments.key_moments(
+            view,
+            ROLE,
+            layers,
+            text=self.config.text,
+            tokens=self.config.tokens,
+            seed=self.seed,
+            progress=self.progress,
+        )
+        return {layer: moment.mean() for layer, moment in found.items()}
+
+    # -- stabilisers -------------------------------------------------------------------------------
+
+    def anchor(self, view: ModelView) -> float | None:
+        """The norm that values of pilot edits have, if values are to be anchored (NAS)."""
+        if self.config.anchor is None:
+            return None
+        path = self._anchor_path(view.fingerprint)
+        with contextlib.suppress(OSError, ValueError):
+            return float(json.loads(path.read_text()))
+        tasks = [self.task(view, request, ("",)) for request in pilots(ANCHORS)]
+        values = optimise(view, self.value_modules(view), tasks, self.settings(view), self.progress)
+        outputs = self._mlp_outputs(view, tasks)
+        norms = [
+            (output_D + value.delta_D.cpu().double()).norm()
+            for output_D, value in zip(outputs, values, strict=True)
+        ]
+        norm, error = anchor(torch.stack(norms))
+        log.info("values are anchored at a norm of %.3g (standard error %.2g)", norm, error)
+        write_atomically(path, json.dumps(norm).encode())
+        return norm
+
+    def _anchor_path(self, fingerprint: str) -> Path:
+        asked = [(request.prompt, request.target) for request in pilots(ANCHORS)]
+        place = json.dumps([fingerprint, self.name, self.config.model_dump_json(), asked])
+        return kept_in("anchors", place, ".json")
+
+    def anchored(
+        self,
+        view: ModelView,
+        requests: Sequence[EditRequest],
+        tasks: Sequence[ValueTask],
+        values: Sequence[Value],
+        norm: float | None,
+    ) -> list[Tensor]:
+        """The values' changes (D each), float64, brought to the anchor."""
+        deltas = [value.delta_D.cpu().double() for value in values]
+        if norm is None:
+            return deltas
+        outputs = self._mlp_outputs(view, tasks)
+        cap = self.config.anchor == "cap"
+        found = []
+        for request, output_D, delta_D in zip(requests, outputs, deltas, strict=True):
+            changed_D = anchored(output_D, delta_D, norm, cap=cap)
+            if changed_D is None:
+                raise EditError(
+                    f"the value of {request.prompt!r} is more than twice as long as those of pilot "
+                    "edits: use a smaller clamp or learning_rate, or leave out this fact"
+                )
+            found.append(changed_D)
+        return found
+
+    def _mlp_outputs(self, view: ModelView, tasks: Sequence[ValueTask]) -> list[Tensor]:
+        """What the last layer's MLP puts out at each bare prompt (D each), float64."""
+        last = self.layers(len(view.roles.blocks))[-1]
+        tap = Tap(self.role(view, last).module, "output")
+        bare = [replace(task, contexts=task.contexts[:1]) for task in tasks]
+        return [fact.outputs[tap][0] for fact in self.read(view, last, bare, [tap])]
+
+    def change(
+        self,
+        view: ModelView,
+        layer: int,
+        factors: Factors,
+        *,
+        earlier: Factors | None,
+        guard_IR: Tensor | None,
+    ) -> WeightDelta:
+        """A change of a layer's map from its factors, as the options want it.
+
+        Args:
+            earlier: the sum of what live edits of this method computed for the layer (`traced`).
+            guard_IR: directions that are not to be read (`guard`).
+        """
+        role = self.role(view, layer)
+        left_DF, right_FI = factors
+        if self.config.restrain is not None:
+            base_DI = view.base(role).cpu().double()
+            left_DF, right_FI = step(factors, earlier, base_DI, self.config.restrain)
+        if guard_IR is not None:
+            right_FI = kept_off(right_FI, guard_IR)
+        if self.config.sparse is not None:
+            weight_DI = view.weight(role).cpu().double()
+            whole = rect(left_DF @ right_FI, weight_DI, self.config.sparse)
+            return self.delta(view, role.address, Dense(role.oriented(whole).float().contiguous()))
+        if role.stored_in_out:
+            left_DF, right_FI = right_FI.T, left_DF.T
+        low = LowRank(left_DF.float().contiguous(), right_FI.float().contiguous())
+        return self.delta(view, role.address, low)
+
+    def guard(self, view: ModelView, layer: int) -> Tensor | None:
+        """Directions that no change of a layer may read from, if the map is protected."""
+        if self.config.protect is None:
+            return None
+        return leading(view.base(self.role(view, layer)).cpu().double(), self.config.protect)
+
+    def traces(self, layer: int, factors: Factors) -> dict[str, Tensor]:
+        """What later edits have to know of a change, if its sum with theirs is restrained."""
+        if self.config.restrain is None:
+            return {}
+        left_DF, right_FI = (factor.float().contiguous() for factor in factors)
+        return {f"left.{layer}": left_DF, f"right.{layer}": right_FI}
+
+    # -- before an edit ----------------------------------------------------------------------------
+
+    def preparations(self, shape: Shape) -> list[Preparation]:
+        tokens = sum(count * length for count, length in self.plan())
+        path = prefixes.kept_at(shape.fingerprint, self.plan(), self.seed)
+        items = [Preparation("context prefixes", path, tokens)]
+        for number, block in enumerate(self.layers(shape.layers)):
+            path = moments.kept_at(
+                shape.fingerprint,
+                ROLE,
+                block,
+                text=self.config.text,
+                tokens=self.config.tokens,
+                seed=self.seed,
+            )
+            what = f"key statistics of block {block} ({moments.text_name(self.config.text)})"
+            # One pass collects them all.
+            items.append(Preparation(what, path, 0 if number else self.config.tokens))
+        if self.config.anchor is not None:
+            tokens = ANCHORS * 30 * self.config.steps
+            items.append(Preparation("anchor", self._anchor_path(shape.fingerprint), tokens))
+        return items
+
+    def cost(self, shape: Shape, lengths: Sequence[int]) -> Cost:
+        rows = 2 + self.config.contexts
+        tokens = self.config.steps * rows * sum(length + 8 for length in lengths)
+        blocks = len(self.layers(shape.layers))
+        return Cost(tokens, tokens, extra_bytes=3 * blocks * 8 * shape.inner**2)
+
+
+def traced(patch: Patch, layer: int) -> Factors | None:
+    """What an edit computed for a layer, before its sum with earlier ones was restrained."""
+    if f"left.{layer}" not in patch.traces:
+        return None
+    return patch.traces[f"left.{layer}"].double(), patch.traces[f"right.{layer}"].double()
+
+
+def _batches(tasks: Sequence[ValueTask]) -> list[list[ValueTask]]:
+    """Tasks that are read in one pass, in their order."""
+    batches: list[list[ValueTask]] = []
+    rows = longest = 0
+    for task in tasks:
+        rows += len(task.contexts)
+        longest = max(longest, *(row.position + 1 for row in task.contexts))
+        if not batches or rows * longest > READ_TOKENS:
+            batches.append([])
+            rows, longest = len(task.contexts), max(row.position + 1 for row in task.contexts)
+        batches[-1].append(task)
+    return batches

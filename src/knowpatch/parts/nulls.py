@@ -1,0 +1,93 @@
+"""The null space of key statistics: directions in which keys over text have next to no energy.
+
+Eigenvectors are found in float64 and kept on disk by the content of the matrix. Axes: I width of
+the map's input, J dimensions of the space.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+
+import torch
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from knowpatch.errors import EditError
+from knowpatch.files import kept_in, write_atomically
+from knowpatch.parts.keep import Null, for_gain
+from knowpatch.parts.solve import Form, Space, energies
+from knowpatch.parts.spread import SpreadConfig
+
+log = logging.getLogger(__name__)
+
+
+class NullConfig(SpreadConfig):
+    """Options of the methods that write into a null space."""
+
+    null_share: float = Field(
+        0.02, gt=0, lt=1, description="share of text's key energy that the null space may hold"
+    )
+    threshold: float | None = Field(
+        None, gt=0, description="instead of null_share: largest eigenvalue in it (published: 0.02)"
+    )
+
+
+def weighed_null(second_II: Tensor, pilots_IN: Tensor, config: NullConfig) -> Null:
+    """The null space with the ridge that gives pilot keys (I, N) their gain: AlphaEdit's L2."""
+    space = null_space(second_II, config)
+    even = Form.even(1.0, space.width)
+    found = for_gain(energies(space.inside(pilots_IN), even), config.gain)
+    return Null(space, even.scaled(config.weight or found))
+
+
+def null_space(second_II: Tensor, config: NullConfig, *, keep: bool = True) -> Space:
+    """The null space of a second moment of keys (I, I), as the options want it.
+
+    With `keep` its eigenvectors are kept on disk, for the next process.
+
+    Raises:
+        EditError: nothing is below the threshold.
+    """
+    values_I, vectors_II = kept_eigen(second_II) if keep else eigen(second_II)
+    largest = config.threshold or below_share(values_I, config.null_share)
+    space = Space.below(values_I, vectors_II, largest)
+    held = float(values_I[values_I < largest].sum() / values_I.sum())
+    if space.width == 0:
+        raise EditError(
+            "no direction of the key statistics is below the threshold: raise null_share, or "
+            "threshold where it is given"
+        )
+    log.info(
+        "null space: %d of %d dimensions, %.2g of the energy", space.width, len(values_I), held
+    )
+    return space
+
+
+def below_share(values_I: Tensor, share: float) -> float:
+    """The eigenvalue below which the least ones together hold at most `share` of all energy."""
+    held_I = values_I.clamp(min=0).cumsum(0)
+    count = int((held_I <= share * held_I[-1]).sum())
+    return float(values_I[min(count, len(values_I) - 1)])
+
+
+def eigen(second_II: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (I), rising, and eigenvectors (I, I) as columns, float64."""
+    values_I, vectors_II = torch.linalg.eigh((second_II + second_II.T) / 2)
+    return values_I, vectors_II.contiguous()
+
+
+def kept_eigen(second_II: Tensor) -> tuple[Tensor, Tensor]:
+    """As `eigen`, kept on disk by the content of the matrix."""
+    content = hashlib.sha256(second_II.numpy().tobytes()).hexdigest()
+    path = kept_in("eigen", content, ".safetensors")
+    try:
+        kept = load_file(path)
+        return kept["values"], kept["vectors"]
+    except (FileNotFoundError, KeyError, SafetensorError):
+        pass
+    values_I, vectors_II = eigen(second_II)
+    write_atomically(path, save({"values": values_I, "vectors": vectors_II}))
+    return values_I, vectors_II
