@@ -19,7 +19,6 @@ from plain import rome as plain
 from knowpatch import EditRequest, load
 from knowpatch.editing import choose
 from knowpatch.models.load import fast_dtype
-from knowpatch.parts.moments import key_moments
 from knowpatch.parts.solve import ridged
 from knowpatch.parts.values import Value, ValueSettings, ValueTask, optimise
 
@@ -46,13 +45,13 @@ class Bench:
         self.requests = [EditRequest(prompt=p, subject=s, target=t) for p, s, t in FACTS]
         self.rome: Any = choose("rome")
         self.prepared = self.rome.prepare(self.view)
-        self.role = self.rome._role(self.view)
+        (layer,) = self.rome.layers(len(self.view.roles.blocks))
+        self.role = self.rome.role(self.view, layer)
         published: Any = choose("rome", PUBLISHED)
         contexts = published.prepare(self.view).contexts
-        self.tasks = [published._task(self.view, r, contexts) for r in self.requests]
-        layer = self.view.roles.block_of(self.role.module)
-        found = key_moments(self.view, "mlp.out", layer, tokens=20_000, seed=0)
-        self.second_II = ridged(found.mean(), 0.1)
+        self.tasks = [published.task(self.view, r, contexts) for r in self.requests]
+        second_II = self.rome.statistics(self.view, [layer])[layer]
+        self.second_II = ridged(second_II, self.rome.config.ridge)
         # Quick: fewer steps on both sides, and in whole edits the plain side's time is scaled up.
         self.steps = 3 if quick else STEPS
 
@@ -67,7 +66,7 @@ class Bench:
     ) -> Pair:
         found: dict[str, list[torch.Tensor]] = {}
         # No early stop: the same number of steps on both sides.
-        settings = ValueSettings(self.steps, 0.5, 4.0, 1e-3, 0.0625, -1.0, dtype)
+        settings = ValueSettings(self.steps, 0.5, 4.0, 1e-3, 0.0625, -1.0, dtype=dtype)
 
         def ours() -> None:
             values: list[Value] = optimise(self.view, [self.role.module], tasks, settings)

@@ -54,7 +54,7 @@ class SpreadConfig(LocatedConfig):
     weight: float | None = Field(
         None, gt=0, description="of what to leave alone, itself (lambda, L2); by default from gain"
     )
-    clamp: float = Field(0.75, gt=0, description="how far the value may move, in its own length")
+    clamp: float = Field(2.0, gt=0, description="how far the value may move, in its own length")
 
     @field_validator("layers", mode="before")
     @classmethod
