@@ -46,6 +46,7 @@ from knowpatch.metrics.entropy import (
     text_entropy,
 )
 from knowpatch.metrics.kinds import belief, judge, negation, sentiment
+from knowpatch.metrics.kinds.perplexity import ordinary
 from knowpatch.metrics.metric import macro, metric, part_columns
 from knowpatch.models.passes import Distributions, Scored, Spread
 from knowpatch.request import EditRequest
@@ -481,6 +482,21 @@ def test_perplexity_of_the_corpus_and_of_records():
     assert catalogue()["perplexity_tf"].combine({}) is None
 
 
+def test_perplexity_of_an_ordinary_text():
+    """Every paragraph forced behind its opening: 3 tokens of mean 2 and others of 1 each."""
+    (first, *others) = ordinary()
+    assert all(len(opening.split()) == 3 and len(rest) > 100 for opening, rest in ordinary())
+    case = case_of(probe(REWRITE, "x"))
+    edited = Canned(forced={first: scored([-2.0] * 3)})
+    wanted = math.exp((6 + len(others)) / (3 + len(others)))
+    assert value("ordinary_ppl_tf", (case, Canned(), edited)) == pytest.approx(wanted)
+    assert result("ordinary_ppl_tf", case, Canned(), edited).before == {
+        "nll": [1.0] * len(ordinary()),
+        "tokens": [1.0] * len(ordinary()),
+    }
+    assert catalogue()["ordinary_ppl_tf"].ask(case_of(requests=[]), edited, edited) is None
+
+
 # -- negation and fact checks ----------------------------------------------------------------------
 
 
@@ -780,6 +796,7 @@ def test_choosing_metrics():
         "success_tf",
         "perplexity_tf",
         "perplexity_tf_published",
+        "ordinary_ppl_tf",
     ]
     assert chosen(["all"]) == tuple(catalogue().values())
     assert chosen([]) == ()

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -62,4 +63,4 @@ def counterfact() -> list[dict]:
 @pytest.fixture(scope="session")
 def text() -> str:
     """A fixed text for perplexity, written for this project."""
-    return (HERE / "text.txt").read_text(encoding="utf-8")
+    return resources.files("knowpatch").joinpath("assets", "ordinary.txt").read_text("utf-8")

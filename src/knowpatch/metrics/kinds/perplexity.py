@@ -3,14 +3,17 @@
 GRACE (arXiv 2211.11031) and WISE score repaired hallucinations so; useful where the target is a
 sentence. `perplexity_tf` is the corpus's: the exponential of all tokens' mean, so that long answers
 count as long. The published mean of records' own perplexities (`perplexity_tf_published`) is led by
-the few worst. Neither says anything of unrelated text.
+the few worst. Neither says anything of unrelated text: that is `ordinary_ppl_tf`, of one ordinary
+text that ships with the library and is about none of the facts.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from functools import partial
+from collections.abc import Iterable
+from functools import cache, partial
+from importlib import resources
 
 from knowpatch.data.case import REWRITE, Case, Probe
 from knowpatch.future import Future
@@ -28,6 +31,16 @@ from knowpatch.metrics.queries import Asked, both, forcible, per_probe
 from knowpatch.models.passes import Scored
 
 LARGEST = math.log(sys.float_info.max)
+OPENING = 3
+"""Words of a paragraph that are given; the rest is forced."""
+
+
+@cache
+def ordinary() -> tuple[tuple[str, str], ...]:
+    """The paragraphs of the ordinary text, each as its opening and the rest."""
+    text = resources.files("knowpatch").joinpath("assets", "ordinary.txt").read_text("utf-8")
+    split = (paragraph.split(" ", OPENING) for paragraph in text.split("\n") if paragraph)
+    return tuple((" ".join(words[:OPENING]), words[OPENING]) for words in split)
 
 
 def _first(model: Asker, probe: Probe) -> Future[Scored] | None:
@@ -59,7 +72,11 @@ def perplexity_tf(case: Case, before: Asker, after: Asker) -> Result | None:
 
 
 def _sums(asked: Asked[Future[Scored]]) -> Values:
-    scored = [future.result() for queries in asked.values() for _, future in queries]
+    return _summed(future for queries in asked.values() for _, future in queries)
+
+
+def _summed(asked: Iterable[Future[Scored]]) -> Values:
+    scored = [future.result() for future in asked]
     return {
         "nll": [-sum(one.logprobs) for one in scored],
         "tokens": [float(len(one.logprobs)) for one in scored],
@@ -83,4 +100,21 @@ def perplexity_tf_published(case: Case, before: Asker, after: Asker) -> Result |
     )
 
 
-register("perplexity", perplexity_tf, perplexity_tf_published)
+@metric(
+    protocol="teacher-forced",
+    about="perplexity of an ordinary text that no edit is about",
+    better="less",
+    percent=False,
+    columns=total_columns,
+    combine=of_corpus,
+)
+def ordinary_ppl_tf(case: Case, before: Asker, after: Asker) -> Result | None:
+    if not case.requests:
+        return None
+    old, new = (
+        [model.force(opening, rest) for opening, rest in ordinary()] for model in (before, after)
+    )
+    return lambda: Score(_summed(new), _summed(old))
+
+
+register("perplexity", perplexity_tf, perplexity_tf_published, ordinary_ppl_tf)
