@@ -10,6 +10,7 @@ text that ships with the library and is about none of the facts.
 from __future__ import annotations
 
 import math
+import re
 import sys
 from collections.abc import Iterable
 from functools import cache, partial
@@ -32,14 +33,15 @@ from knowpatch.models.passes import Scored
 
 LARGEST = math.log(sys.float_info.max)
 OPENING = 3
-"""Words of a paragraph that are given; the rest is forced."""
+"""Words of a sentence that are given; the rest is forced."""
 
 
 @cache
 def ordinary() -> tuple[tuple[str, str], ...]:
-    """The paragraphs of the ordinary text, each as its opening and the rest."""
+    """The sentences of the ordinary text, each as its opening and the rest."""
     text = resources.files("knowpatch").joinpath("assets", "ordinary.txt").read_text("utf-8")
-    split = (paragraph.split(" ", OPENING) for paragraph in text.split("\n") if paragraph)
+    sentences = re.split(r"(?<=[.?!])\s+", text.strip())
+    split = (sentence.split(" ", OPENING) for sentence in sentences)
     return tuple((" ".join(words[:OPENING]), words[OPENING]) for words in split)
 
 
@@ -109,7 +111,7 @@ def perplexity_tf_published(case: Case, before: Asker, after: Asker) -> Result |
     combine=of_corpus,
 )
 def ordinary_ppl_tf(case: Case, before: Asker, after: Asker) -> Result | None:
-    if not case.requests:
+    if not (case.requests and case.probes):
         return None
     old, new = (
         [model.force(opening, rest) for opening, rest in ordinary()] for model in (before, after)
