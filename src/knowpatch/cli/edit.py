@@ -13,7 +13,7 @@ import typer
 from rich.markup import escape
 
 from knowpatch.cli import screen
-from knowpatch.cli.options import Device, Dtype, Json, Model
+from knowpatch.cli.options import Device, DryRun, Dtype, Json, Method, Model, Seed, Settings
 
 if TYPE_CHECKING:
     from knowpatch.edited import EditedModel
@@ -51,16 +51,11 @@ def run(
         bool,
         typer.Option("--sequential", help="A patch for each request, on top of the earlier ones."),
     ] = False,
-    method: Annotated[str | None, typer.Option(help="See: knowpatch methods.")] = None,
+    method: Method = None,
     model: Model = None,
     chat: Annotated[bool, typer.Option("--chat", help="Edit through the chat template.")] = False,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="An option of the method; repeatable."),
-    ] = None,
-    seed: Annotated[
-        int, typer.Option(min=0, max=2**32 - 1, help="Of everything that is sampled.")
-    ] = 0,
+    settings: Settings = None,
+    seed: Seed = 0,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -68,9 +63,7 @@ def run(
             help="Patch file, by default patch-<id>.safetensors; with --sequential a folder.",
         ),
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what it would take, and do nothing.")
-    ] = False,
+    dry_run: DryRun = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,

@@ -14,6 +14,13 @@ Model = Annotated[
     str | None,
     typer.Option(help="Hub id, folder or GGUF file; by default the bundled SmolLM2-135M-Instruct."),
 ]
+Method = Annotated[str | None, typer.Option(help="See: knowpatch methods.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="An option of the method; repeatable."),
+]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of everything that is sampled.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what it would take, and do nothing.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or 8bit.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]

@@ -11,14 +11,14 @@ import typer
 from rich.markup import escape
 
 from knowpatch.cli import screen
-from knowpatch.cli.options import Device, Dtype, Json, Model
+from knowpatch.cli.options import Device, DryRun, Dtype, Json, Method, Model, Seed, Settings
 
 if TYPE_CHECKING:
     from knowpatch.method import EditMethod, Preparation
 
 
 def run(
-    method: Annotated[str | None, typer.Option(help="See: knowpatch methods.")] = None,
+    method: Method = None,
     text: Annotated[
         str | None,
         typer.Option(
@@ -27,16 +27,9 @@ def run(
         ),
     ] = None,
     model: Model = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="An option of the method; repeatable."),
-    ] = None,
-    seed: Annotated[
-        int, typer.Option(min=0, max=2**32 - 1, help="Of everything that is sampled.")
-    ] = 0,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what it would take, and do nothing.")
-    ] = False,
+    settings: Settings = None,
+    seed: Seed = 0,
+    dry_run: DryRun = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,

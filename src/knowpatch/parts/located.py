@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -96,9 +97,7 @@ class Fact:
     @property
     def grouped_I(self) -> Tensor:
         """Half of the bare prompt's key, half of the other contexts' mean (MEMIT)."""
-        if len(self.keys_CI) == 1:
-            return self.keys_CI[0]
-        return (self.keys_CI[0] + self.keys_CI[1:].mean(0)) / 2
+        return torch.stack(self.both()).mean(0)
 
     def both(self) -> tuple[Tensor, ...]:
         """The bare prompt's key and the other contexts' mean (I each)."""
@@ -113,15 +112,19 @@ class Located(EditMethod):
     family = "intrinsic"
     needs = ("subject",)
     roles: ClassVar[tuple[str, ...]] = (ROLE,)
+    exports = ("merged", "lora", "gguf")
     Config: ClassVar[type[LocatedConfig]] = LocatedConfig
 
+    @abstractmethod
     def layers(self, count: int) -> tuple[int, ...]:
         """The blocks to edit of a model that has `count`, from low to high."""
-        raise NotImplementedError
+
+    def layers_of(self, view: ModelView) -> tuple[int, ...]:
+        return self.layers(len(view.roles.blocks))
 
     def value_modules(self, view: ModelView) -> tuple[str, ...]:
         """Whose outputs are optimised; the first one's value is written."""
-        return (self.role(view, self.layers(len(view.roles.blocks))[-1]).module,)
+        return (self.role(view, self.layers_of(view)[-1]).module,)
 
     def role(self, view: ModelView, layer: int) -> LinearRole:
         return view.roles.linear(ROLE, layer)
@@ -245,7 +248,7 @@ class Located(EditMethod):
 
     def _mlp_outputs(self, view: ModelView, tasks: Sequence[ValueTask]) -> list[Tensor]:
         """What the last layer's MLP puts out at each bare prompt (D each), float64."""
-        last = self.layers(len(view.roles.blocks))[-1]
+        last = self.layers_of(view)[-1]
         tap = Tap(self.role(view, last).module, "output")
         bare = [replace(task, contexts=task.contexts[:1]) for task in tasks]
         return [fact.outputs[tap][0] for fact in self.read(view, last, bare, [tap])]

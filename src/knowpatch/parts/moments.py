@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from knowpatch.files import cache_folder, write_atomically
+from knowpatch.files import kept_in, write_atomically
 from knowpatch.models.hooks import Hook, Reached, registered
 from knowpatch.models.load import device_for, fast_dtype
 from knowpatch.models.passes import Tap
@@ -127,7 +127,7 @@ def key_moments(
         return found
     taps = [Tap(view.roles.linear(role, layer).module, "input") for layer in missing]
     rows = packed_rows(view, find_text(text), tokens, seed=seed, progress=progress)
-    partial = _folder() / f"{_digest([paths[layer].name for layer in missing])}.partial"
+    partial = kept_in("moments", json.dumps([paths[n].name for n in missing]), ".partial")
     dtype = fast_dtype(view.device)
     made = collect(view, taps, rows, dtype=dtype, partial=partial, progress=progress)
     for layer, moments in zip(missing, made, strict=True):
@@ -149,16 +149,13 @@ def kept_at(
     # Of the device that a model is loaded to by default: which it will be is not known before.
     dtype = str(fast_dtype(device_for("auto")))
     what = (fingerprint, role, layer, source.name, source.digest, tokens, seed)
-    return _folder() / f"{_digest(VERSION, *what, ROW_TOKENS, dtype)}.safetensors"
+    content = json.dumps([VERSION, *what, ROW_TOKENS, dtype])
+    return kept_in("moments", content, ".safetensors")
 
 
 def text_name(source: str | None) -> str:
     """What the text that `source` names is called."""
     return find_text(source).name
-
-
-def _folder() -> Path:
-    return cache_folder() / "moments"
 
 
 def _digest(*parts: Any) -> str:

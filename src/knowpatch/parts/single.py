@@ -73,7 +73,6 @@ class Read:
 class Single(Located):
     """A method that writes facts into one layer."""
 
-    exports = ("merged", "lora", "gguf")
     Config: ClassVar[type[SingleConfig]] = SingleConfig
 
     @abstractmethod
@@ -95,7 +94,7 @@ class Single(Located):
         return (at_depth(DEPTH, count, self.config.layer),)
 
     def prepare(self, view: ModelView) -> Prepared:
-        (layer,) = self.layers(len(view.roles.blocks))
+        (layer,) = self.layers_of(view)
         if self.config.moments == "identity":
             form = Form.even(1.0, view.base(self.role(view, layer)).shape[1])
         else:

@@ -11,8 +11,8 @@ alpha = 1 MEMIT (arXiv 2210.07229, equation 14); with S = L2 I and keys taken in
 C AlphaEdit (arXiv 2410.02355). What earlier edits wrote is kept by adding their keys to S.
 
 Everything is float64, by Cholesky factors; nothing is inverted, and no (I, I) matrix is formed for
-an edit. Axes: F facts, N keys, J width of the solve (I, or the
-dimensions of a subspace), M keys kept since the last factorisation.
+an edit. Axes: F facts, N keys, J width of the solve (I, or the dimensions of a subspace), M keys
+kept since the last factorisation.
 """
 
 from __future__ import annotations

@@ -125,7 +125,6 @@ class Written:
 class Spread(Located):
     """A method that spreads residuals over several layers."""
 
-    exports = ("merged", "lora", "gguf")
     Config: ClassVar[type[SpreadConfig]] = SpreadConfig
     depths: ClassVar[tuple[float, float]] = (4 / 30, 8 / 30)
     """The first and the last published layer, as shares of the depth."""
@@ -155,11 +154,11 @@ class Spread(Located):
         All of them where what a map puts out is added to the residual stream as it is. Where a norm
         comes in between (Gemma 2, OLMo 2) no gap further up can be divided among maps: the last.
         """
-        layers = self.layers(len(view.roles.blocks))
+        layers = self.layers_of(view)
         return layers if adds(view, self.role(view, layers[-1]).module, layers[-1]) else layers[-1:]
 
     def value_modules(self, view: ModelView) -> tuple[str, ...]:
-        last = self.layers(len(view.roles.blocks))[-1]
+        last = self.layers_of(view)[-1]
         out = self.role(view, last).module
         return (view.roles.blocks[last].module if adds(view, out, last) else out,)
 
@@ -167,7 +166,7 @@ class Spread(Located):
 
     def prepare(self, view: ModelView) -> Prepared:
         contexts = self.contexts(view)
-        second = self.statistics(view, self.layers(len(view.roles.blocks)))
+        second = self.statistics(view, self.layers_of(view))
         tasks = [self.task(view, request, contexts) for request in pilots(PILOTS)]
         keeps = {
             layer: self.keep(second[layer], self._keys(self.read(view, layer, tasks)))

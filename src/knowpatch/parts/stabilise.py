@@ -91,9 +91,7 @@ def _top(inner: list[float], beside: list[float]) -> tuple[float, float]:
     return float(values_T[-1]), abs(float(vectors_TT[-1, -1]))
 
 
-def restrained(
-    left_DN: Tensor, right_NI: Tensor, largest: float, base: float = math.e
-) -> tuple[Tensor, Tensor]:
+def restrained(left_DN: Tensor, right_NI: Tensor, largest: float, base: float = math.e) -> Factors:
     """left (D, S), right (S, I): the change with its large singular values held back (PRUNE).
 
     For the sum of all changes since the first weights, and once: it is the sum that grows, and what

@@ -65,8 +65,8 @@ class Refreshed(Null):
         leak, ridge = weights
         inside_JJ = space.basis_IJ.T @ second_II @ space.basis_IJ
         form = Form.of(raised(leak * inside_JJ, ridge))
-        for keys_IN in keys:
-            form = form.keeping(space.inside(keys_IN))
+        if keys:
+            form = form.keeping(space.inside(torch.cat(keys, dim=1)))
         return cls(space, form, second_II, keys, config, weights)
 
     def keeping(self, keys_IN: Tensor) -> Refreshed:
@@ -115,7 +115,7 @@ class BetaEdit(Spread):
         ridge = self.config.weight or for_gain(
             energies(space.inside(pilots_IN), unit.form), self.config.gain
         )
-        return Refreshed.of(second_II, space, (leak * ridge, ridge), self.config)
+        return replace(unit, form=unit.form.scaled(ridge), weights=(leak * ridge, ridge))
 
     def check_change(self, view: ModelView, layer: int, factors: Factors, facts: int) -> None:
         left_DF, right_FI = factors

@@ -62,7 +62,7 @@ class Pmet(Spread):
         return weighed(second_II, pilots_IN, self.config)
 
     def value_modules(self, view: ModelView) -> tuple[str, ...]:
-        last = self.layers(len(view.roles.blocks))[-1]
+        last = self.layers_of(view)[-1]
         return tuple(view.roles.linear(role, last).module for role in (ROLE, "attn.out"))
 
     def share(self, layers_left: int) -> float:
