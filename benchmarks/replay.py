@@ -20,7 +20,8 @@ from knowpatch import EditRequest, load
 from knowpatch.editing import choose
 from knowpatch.models.load import fast_dtype
 from knowpatch.parts.solve import ridged
-from knowpatch.parts.values import Value, ValueSettings, ValueTask, optimise
+from knowpatch.parts.tasks import ValueTask
+from knowpatch.parts.values import Value, ValueSettings, optimise
 
 FACTS = (
     ("The mother tongue of Danielle Darrieux is", "Danielle Darrieux", "English"),

@@ -40,6 +40,7 @@ SETTINGS = {
     "ft": LEARN,
     "rome": ROME,
     "r_rome": ROME[2:],
+    "bird": (*ROME[2:], "--set", "share=0.05"),
     "emmet": FIRST,
     "memit": (*FIRST, "--set", "gain=0.99"),
     "pmet": (*FIRST, "--set", "gain=0.99"),

@@ -26,6 +26,7 @@ SMALL = {**PLAIN, "ridge": 0.01}
 SPREAD = {**SMALL, "layers": [0, 1]}
 NULL = {**PLAIN, "layers": [0, 1], "null_share": 0.5, "gain": 0.99}
 OPTIONS = {"rome": {**SMALL, "layer": 0}, "r_rome": {**SMALL, "layer": 0}}
+OPTIONS |= {"bird": {**SMALL, "layer": 0}}
 OPTIONS |= {"emmet": {**SMALL, "layers": [0]}, "memit": SPREAD, "pmet": SPREAD}
 OPTIONS |= {"alphaedit": NULL, "evoedit": NULL, "betaedit": {**NULL, "largest": 100.0}}
 FRANCE, JAPAN, NILE = FACTS = [

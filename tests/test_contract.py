@@ -30,6 +30,7 @@ OPTIONS = {
     "ft": {"learning_rate": 1e-2, "steps": 80},
     "rome": {**LOCATED, "layer": 0},
     "r_rome": {**LOCATED, "layer": 0, "key": "bare"},
+    "bird": {**LOCATED, "layer": 0, "share": 0.05},
     "emmet": {**LOCATED, "layers": [0]},
     "memit": {**LOCATED, "layers": [0], "gain": 0.99},
     "pmet": {**LOCATED, "layers": [0], "gain": 0.99},

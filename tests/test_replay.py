@@ -23,7 +23,8 @@ from knowpatch.models.past import Past, shared_beginnings
 from knowpatch.models.replay import Replay, Whole, passes, renumbered
 from knowpatch.models.twin import twin
 from knowpatch.parts.spans import continuation, subject_position
-from knowpatch.parts.values import ValueSettings, ValueTask, optimise
+from knowpatch.parts.tasks import ValueTask
+from knowpatch.parts.values import ValueSettings, optimise
 from knowpatch.request import EditRequest
 
 LABELS = 7
@@ -76,7 +77,7 @@ def _module(view, layer):
 def _probe(way, shift_BSD):
     """Logits, and the gradient of a loss with respect to the shift."""
     leaf = shift_BSD.clone().requires_grad_()
-    logits = way.logits(leaf)
+    logits = way.run(leaf).logits_MV
     (grad,) = torch.autograd.grad(logits.log_softmax(-1)[:, :LABELS].sum(), leaf)
     return logits.detach(), grad[:, 0]
 
@@ -143,7 +144,7 @@ def test_kept_rows_go_on_as_if_they_were_all(view_of, architecture, layer):
     rows, places = _case(view)
     way = passes(view, [module], rows, places)
     shift_BSD = _shift(view, rows)
-    way.logits(shift_BSD)
+    way.run(shift_BSD)
     for kept in ([0, 1, 2, 4, 5], [1, 2, 4]):
         way.keep(kept)
         places = renumbered(places, kept)
@@ -184,7 +185,7 @@ def test_dtype_of_the_model_is_left_to_the_model(view_of):
     """A bfloat16 replay narrows no weight of the model itself."""
     view = view_of("gpt2")
     rows, places = _case(view)
-    passes(view, [_module(view, 1)], rows, places, dtype=torch.bfloat16).logits(_shift(view, rows))
+    passes(view, [_module(view, 1)], rows, places, dtype=torch.bfloat16).run(_shift(view, rows))
     assert {parameter.dtype for parameter in view.model.parameters()} == {torch.float32}
 
 
@@ -195,7 +196,7 @@ def test_trials_are_replayed(known, architecture):
     rows, places = _case(view)
     shift_BSD = _shift(view, rows)
     module = _module(view, 1)
-    plain = passes(view, [module], rows, places).logits(shift_BSD).detach()
+    plain = passes(view, [module], rows, places).run(shift_BSD).logits_MV.detach()
     deltas = [
         _delta(view, "attn.out", 0, 1),
         _delta(view, "mlp.out", 1, 2),
@@ -205,7 +206,7 @@ def test_trials_are_replayed(known, architecture):
         way = passes(view, [module], rows, places)
         assert isinstance(way, Replay)
         _agree(way, Whole(view, [module], rows, places), shift_BSD)
-        assert _apart(plain, way.logits(shift_BSD).detach()) > 1e-2
+        assert _apart(plain, way.run(shift_BSD).logits_MV.detach()) > 1e-2
     _agree(passes(view, [module], rows, places), Whole(view, [module], rows, places), shift_BSD)
 
 
@@ -227,7 +228,7 @@ def test_everything_is_left_as_found(known, architecture):
         _probe(way, _shift(view, rows[:2]))
     assert _state(view.model) == before
     with pytest.raises(RuntimeError):
-        way.logits(_shift(view, rows[:2])[..., 1:])
+        way.run(_shift(view, rows[:2])[..., 1:])
     _probe(way, _shift(view, rows[:2]))
     assert _state(view.model) == before
 
@@ -262,10 +263,10 @@ def test_the_probe_finds_numbers_that_differ(known, monkeypatch, caplog):
     """A replay that adds the shift in another place, or raises, is found out and not used."""
     view = known("llama").view
     rows, places = _case(view)
-    right = Replay.logits
-    monkeypatch.setattr(Replay, "logits", lambda self, shift_BSD: right(self, shift_BSD.roll(1, 0)))
+    right = Replay.run
+    monkeypatch.setattr(Replay, "run", lambda self, shift_BSD: right(self, shift_BSD.roll(1, 0)))
     assert isinstance(passes(view, [_module(view, 1)], rows, places), Whole)
-    monkeypatch.setattr(Replay, "logits", lambda self, shift_BSD: {}["no such layer"])
+    monkeypatch.setattr(Replay, "run", lambda self, shift_BSD: {}["no such layer"])
     assert isinstance(passes(view, [_module(view, 2)], rows, places), Whole)
     wrong, raised = _lines(caplog)
     assert "logits differ by" in wrong
@@ -325,7 +326,7 @@ def test_a_narrow_window_is_read_whole(architecture, window):
     assert isinstance(way, Whole)
     shift_BSD = _shift(view, rows)
     plain = _row_by_row(view, _module(view, 1), rows, places, shift_BSD)
-    assert _apart(plain, way.logits(shift_BSD).detach()) < 1e-4
+    assert _apart(plain, way.run(shift_BSD).logits_MV.detach()) < 1e-4
 
 
 def test_only_rows_that_are_too_long_are_read_whole(view_of, caplog):
@@ -339,7 +340,7 @@ def test_only_rows_that_are_too_long_are_read_whole(view_of, caplog):
         assert isinstance(way, kind)
         shift_BSD = _shift(view, rows)
         plain = _row_by_row(view, _module(view, 1), rows, places, shift_BSD)
-        assert _apart(plain, way.logits(shift_BSD).detach()) < 1e-4
+        assert _apart(plain, way.run(shift_BSD).logits_MV.detach()) < 1e-4
     assert not _lines(caplog)
 
 
@@ -354,7 +355,7 @@ def test_a_window_holds_all_pieces_with_their_padding(architecture):
         rows += [Row(_ids(view, 10, 6), 9), Row(_ids(view, 10, 7), 0)]
         places = [(i, 9) for i in range(len(rows))]
         shift_BSD = _shift(view, rows)
-        found = passes(view, [_module(view, 1)], rows, places).logits(shift_BSD).detach()
+        found = passes(view, [_module(view, 1)], rows, places).run(shift_BSD).logits_MV.detach()
         assert _apart(_row_by_row(view, _module(view, 1), rows, places, shift_BSD), found) < 1e-4
 
 
@@ -376,7 +377,7 @@ def test_positions_that_depend_on_the_length_are_read_whole():
     view = EditedModel.of(model, tok).view
     row = Row(_ids(view, 24, 0), 10)
     shift_BSD = _shift(view, [row])
-    found = passes(view, [_module(view, 1)], [row], [(0, 20)]).logits(shift_BSD).detach()
+    found = passes(view, [_module(view, 1)], [row], [(0, 20)]).run(shift_BSD).logits_MV.detach()
     plain = _row_by_row(view, _module(view, 1), [row], [(0, 20)], shift_BSD)
     assert _apart(plain, found) < 1e-4
 
@@ -388,7 +389,7 @@ def test_a_row_that_is_too_long_is_one_line(known, architecture):
     row = Row(_ids(view, 260, 0), 250)
     for kind in (Whole, passes):
         with pytest.raises(RequestError, match="260 tokens are more") as caught:
-            kind(view, [_module(view, 1)], [row], [(0, 259)]).logits(_shift(view, [row]))
+            kind(view, [_module(view, 1)], [row], [(0, 259)]).run(_shift(view, [row]))
         assert "\n" not in str(caught.value)
 
 
@@ -401,10 +402,10 @@ def test_live_wraps_are_in_the_numbers(known):
     row, place = Row(ids, len(ids) - 1), (0, len(ids) - 1)
     module = _module(model.view, 0)
     shift_BSD = torch.zeros(1, model.view.roles.hidden_size)
-    plain = Whole(model.view, [module], [row], [place]).logits(shift_BSD).detach()
+    plain = Whole(model.view, [module], [row], [place]).run(shift_BSD).logits_MV.detach()
     with model.applied(patch):
-        whole = Whole(model.view, [module], [row], [place]).logits(shift_BSD).detach()
-        way = passes(model.view, [module], [row], [place]).logits(shift_BSD).detach()
+        whole = Whole(model.view, [module], [row], [place]).run(shift_BSD).logits_MV.detach()
+        way = passes(model.view, [module], [row], [place]).run(shift_BSD).logits_MV.detach()
     assert _apart(plain, whole) > 1e-2
     assert _apart(whole, way) < 1e-4
 
@@ -418,9 +419,9 @@ def test_a_session_does_not_spoil_the_probe(known):
     patch = edit(model, fact, method="ft", options={"steps": 5, "learning_rate": 1e-2})
     module = _module(model.view, 1)
     with model.applied(patch):
-        merged = Whole(model.view, [module], rows, places).logits(shift_BSD).detach()
+        merged = Whole(model.view, [module], rows, places).run(shift_BSD).logits_MV.detach()
     with model.session([patch]):
-        beside = passes(model.view, [module], rows, places).logits(shift_BSD).detach()
+        beside = passes(model.view, [module], rows, places).run(shift_BSD).logits_MV.detach()
     assert _apart(merged, beside) < 1e-4
     assert isinstance(passes(model.view, [module], rows, places), Replay)
 

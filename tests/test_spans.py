@@ -23,10 +23,10 @@ from knowpatch.parts.spans import (
     Encoded,
     continuation,
     encode,
-    last_token,
     separator,
     subject_position,
     subject_span,
+    tokens_of,
 )
 
 KINDS = ("bpe", "sentencepiece", "bytes")
@@ -158,7 +158,7 @@ def test_a_span_without_characters_has_no_token(span: tuple[int, int]):
     """A span that is empty or behind the text is refused, not rounded to some token."""
     encoded = encode(tiny.tokenizer("bpe"), "The capital of France is")
     with pytest.raises(RequestError, match="no token covers"):
-        last_token(encoded, span)
+        tokens_of(encoded, span)
 
 
 def test_the_beginning_token_is_in_front_and_never_chosen():

@@ -11,7 +11,8 @@ from knowpatch.edited import EditedModel
 from knowpatch.errors import EditError
 from knowpatch.models.passes import Row, Shift, Tap
 from knowpatch.parts.spans import continuation, subject_position
-from knowpatch.parts.values import ValueSettings, ValueTask, optimise
+from knowpatch.parts.tasks import ValueTask
+from knowpatch.parts.values import ValueSettings, optimise
 
 SETTINGS = ValueSettings(
     steps=8, learning_rate=0.2, clamp=4.0, weight_decay=0.5, kl_factor=0.0625, enough=0.0

@@ -10,7 +10,8 @@ import torch
 from knowpatch.models.passes import Row, Shift
 from knowpatch.models.replay import Replay, Whole, passes
 from knowpatch.parts.spans import continuation, subject_position
-from knowpatch.parts.values import EASY_KL, ValueSettings, ValueTask, optimise
+from knowpatch.parts.tasks import ValueTask
+from knowpatch.parts.values import EASY_KL, ValueSettings, optimise
 
 SETTINGS = ValueSettings(
     steps=8, learning_rate=0.2, clamp=4.0, weight_decay=0.5, kl_factor=0.0625, enough=0.0
@@ -120,7 +121,7 @@ def test_replay_equals_the_whole_pass(known, architecture, what):
         found = []
         for each in (whole, way):
             leaf = shift_BSD.clone().requires_grad_()
-            logits = each.logits(leaf)
+            logits = each.run(leaf).logits_MV
             (grad,) = torch.autograd.grad(logits.log_softmax(-1)[:, :7].sum(), leaf)
             found.append((logits.detach(), grad))
         for plain, fast in zip(*found, strict=True):

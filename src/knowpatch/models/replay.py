@@ -14,14 +14,23 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from knowpatch.models.batch import Batch, Place
-from knowpatch.models.hooks import Hook, Reached, choosing, registered, seeing_nothing, shifting
-from knowpatch.models.passes import Row, Shift
+from knowpatch.models.hooks import (
+    Hook,
+    Reached,
+    choosing,
+    registered,
+    seeing_nothing,
+    shifting,
+    tapping,
+)
+from knowpatch.models.passes import Row, Shift, Tap
 from knowpatch.models.past import read_shared
 from knowpatch.models.twin import twin
 from knowpatch.models.view import ModelView
@@ -32,11 +41,22 @@ TOLERANCE = 1e-3
 """Largest relative difference, in logits and gradients, at which a probe says that it holds."""
 
 
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """logits_MV at the wanted places, and states_BD, what enters the head at the changed positions.
+
+    Both float32.
+    """
+
+    logits_MV: Tensor
+    states_BD: Tensor
+
+
 class Pass(Protocol):
     """Passes over the same rows with different vectors added."""
 
-    def logits(self, shift_BSD: Tensor) -> Tensor:
-        """(M, V), float32: with shift_BSD[i, s] added to module s at row i's changed position."""
+    def run(self, shift_BSD: Tensor) -> Seen:
+        """One pass with shift_BSD[i, s] added to module s at row i's changed position."""
 
     def keep(self, rows: Sequence[int]) -> None:
         """Forget all rows but these; wanted places stay in their order."""
@@ -80,16 +100,18 @@ class Whole:
     ) -> None:
         self.view, self.modules, self.rows, self.places = view, modules, list(rows), list(places)
 
-    def logits(self, shift_BSD: Tensor) -> Tensor:
+    def run(self, shift_BSD: Tensor) -> Seen:
         where = [(i, row.position) for i, row in enumerate(self.rows)]
+        head = Tap(self.view.roles.head, "input")
         run = self.view.run(
             [row.ids for row in self.rows],
             logits_at=self.places,
+            taps=[head],
             shifts=_shifts(self.modules, where, shift_BSD),
             grad=True,
             prompts=[row.end for row in self.rows],
         )
-        return run.logits_MV
+        return Seen(run.logits_MV, run.at(head, where))
 
     def keep(self, rows: Sequence[int]) -> None:
         self.places = renumbered(self.places, rows)
@@ -152,17 +174,20 @@ class Replay:
     def _forward(self) -> Any:
         return self._twin(**self._past.inputs(self._piece), use_cache=False)
 
-    def logits(self, shift_BSD: Tensor) -> Tensor:
-        shifts = _shifts(self._modules, [(row, 0) for row in range(len(self._lasts))], shift_BSD)
+    def run(self, shift_BSD: Tensor) -> Seen:
+        where = [(row, 0) for row in range(len(self._lasts))]
+        shifts = _shifts(self._modules, where, shift_BSD)
+        head, tapped = Tap(self._view.roles.head, "input"), dict[Tap, Tensor]()
         part = self._twin.get_submodule
         hooks = [
             *self._beside(self._lasts),
             *(shifting(part(shift.module), self._piece, shift) for shift in shifts),
+            tapping(self._head, self._piece, head, tapped, None),
             choosing(self._head, self._piece, self._places),
         ]
         with registered(hooks), torch.enable_grad():
             logits: Tensor = self._forward().logits
-        return logits.float()
+        return Seen(logits.float(), tapped[head][self._piece.at(where)].float())
 
     def keep(self, rows: Sequence[int]) -> None:
         self._places = renumbered(self._places, rows)
@@ -248,6 +273,6 @@ def _fault(view: ModelView, modules: tuple[str, ...], attention: str) -> str | N
 def _probe(way: Pass, shift_BSD: Tensor) -> tuple[Tensor, Tensor]:
     leaf = shift_BSD.clone()
     leaf.requires_grad_()
-    logits = way.logits(leaf)
+    logits = way.run(leaf).logits_MV
     (grad,) = torch.autograd.grad(logits.log_softmax(-1)[:, 0].sum(), leaf)
     return logits.detach(), grad

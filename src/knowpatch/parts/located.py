@@ -12,8 +12,8 @@ import contextlib
 import json
 import logging
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -30,11 +30,13 @@ from knowpatch.models.passes import Row, Tap
 from knowpatch.models.roles import LinearRole
 from knowpatch.models.view import ModelView
 from knowpatch.parts import moments, prefixes
+from knowpatch.parts.facts import Fact, read
 from knowpatch.parts.pilots import pilots
 from knowpatch.parts.solve import Factors
 from knowpatch.parts.spans import Encoded, continuation, subject_position
 from knowpatch.parts.stabilise import anchor, anchored, kept_off, leading, rect, step
-from knowpatch.parts.values import Value, ValueSettings, ValueTask, optimise
+from knowpatch.parts.tasks import ValueTask
+from knowpatch.parts.values import Term, Value, ValueSettings, optimise
 from knowpatch.patch import Patch
 from knowpatch.request import EditRequest
 
@@ -43,8 +45,6 @@ log = logging.getLogger(__name__)
 ROLE = "mlp.out"
 ANCHORS = 100
 """Pilot facts whose values say how long values should be."""
-READ_TOKENS = 2048
-"""Tokens read in one pass for keys."""
 
 
 class LocatedConfig(MethodConfig):
@@ -81,29 +81,6 @@ class LocatedConfig(MethodConfig):
     restrain: float | None = Field(
         None, gt=1, description="hold the sum of such edits below the map's norm: log base (PRUNE)"
     )
-
-
-@dataclass(frozen=True, eq=False)
-class Fact:
-    """What a model says of a fact now: keys (C, I) of the map, and outputs of tapped modules."""
-
-    keys_CI: Tensor
-    outputs: Mapping[Tap, Tensor]
-
-    @property
-    def bare_I(self) -> Tensor:
-        return self.keys_CI[0]
-
-    @property
-    def grouped_I(self) -> Tensor:
-        """Half of the bare prompt's key, half of the other contexts' mean (MEMIT)."""
-        return torch.stack(self.both()).mean(0)
-
-    def both(self) -> tuple[Tensor, ...]:
-        """The bare prompt's key and the other contexts' mean (I each)."""
-        if len(self.keys_CI) == 1:
-            return (self.keys_CI[0],)
-        return self.keys_CI[0], self.keys_CI[1:].mean(0)
 
 
 class Located(EditMethod):
@@ -159,26 +136,25 @@ class Located(EditMethod):
         dtype = fast_dtype(view.device) if self.config.precision == "auto" else None
         return ValueSettings(**{name: getattr(self.config, name) for name in names}, dtype=dtype)
 
+    def terms(
+        self, view: ModelView, requests: Sequence[EditRequest], tasks: Sequence[ValueTask]
+    ) -> Sequence[Term] | None:
+        """What more each fact's value is optimised for, if anything."""
+        return None
+
+    def values(
+        self, view: ModelView, requests: Sequence[EditRequest], tasks: Sequence[ValueTask]
+    ) -> list[Value]:
+        """The optimised values of facts."""
+        modules, settings = self.value_modules(view), self.settings(view)
+        terms = self.terms(view, requests, tasks)
+        return optimise(view, modules, tasks, settings, self.progress, terms)
+
     def read(
         self, view: ModelView, layer: int, tasks: Sequence[ValueTask], taps: Sequence[Tap] = ()
     ) -> list[Fact]:
         """Each fact's keys at a layer, and what `taps` see at the same places, float64."""
-        key = Tap(self.role(view, layer).module, "input")
-        wanted = [key, *taps]
-        facts: list[Fact] = []
-        for batch in _batches(tasks):
-            # What follows the subject does not change its key.
-            rows = [row for task in batch for row in task.contexts]
-            run = view.run([row.ids[: row.position + 1] for row in rows], taps=wanted)
-            places = [(i, row.position) for i, row in enumerate(rows)]
-            seen = {tap: run.at(tap, places).cpu().double() for tap in wanted}
-            start = 0
-            for task in batch:
-                stop = start + len(task.contexts)
-                mine = {tap: tensor[start:stop] for tap, tensor in seen.items()}
-                facts.append(Fact(mine.pop(key), mine))
-                start = stop
-        return facts
+        return read(view, self.role(view, layer).module, tasks, taps)
 
     # -- statistics --------------------------------------------------------------------------------
 
@@ -205,7 +181,7 @@ class Located(EditMethod):
         with contextlib.suppress(OSError, ValueError):
             return float(json.loads(path.read_text()))
         tasks = [self.task(view, request, ("",)) for request in pilots(ANCHORS)]
-        values = optimise(view, self.value_modules(view), tasks, self.settings(view), self.progress)
+        values = self.values(view, pilots(ANCHORS), tasks)
         outputs = self._mlp_outputs(view, tasks)
         norms = [
             (output_D + value.delta_D.cpu().double()).norm()
@@ -332,17 +308,3 @@ def traced(patch: Patch, layer: int) -> Factors | None:
     if f"left.{layer}" not in patch.traces:
         return None
     return patch.traces[f"left.{layer}"].double(), patch.traces[f"right.{layer}"].double()
-
-
-def _batches(tasks: Sequence[ValueTask]) -> list[list[ValueTask]]:
-    """Tasks that are read in one pass, in their order."""
-    batches: list[list[ValueTask]] = []
-    rows = longest = 0
-    for task in tasks:
-        rows += len(task.contexts)
-        longest = max(longest, *(row.position + 1 for row in task.contexts))
-        if not batches or rows * longest > READ_TOKENS:
-            batches.append([])
-            rows, longest = len(task.contexts), max(row.position + 1 for row in task.contexts)
-        batches[-1].append(task)
-    return batches

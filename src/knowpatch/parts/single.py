@@ -7,7 +7,6 @@ written one after the other. Axes: C contexts, N keys, D hidden, I inner size of
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -22,14 +21,18 @@ from knowpatch.models.passes import Tap
 from knowpatch.models.roles import at_depth
 from knowpatch.models.view import ModelView
 from knowpatch.parts.located import Located, LocatedConfig, traced
-from knowpatch.parts.solve import Factors, Form, apart, ridged, update
+from knowpatch.parts.solve import Factors, Form, apart, gain, ridged, update
 from knowpatch.parts.stabilise import joined
-from knowpatch.parts.values import ValueTask, optimise
+from knowpatch.parts.tasks import ValueTask
 from knowpatch.patch import Patch
 from knowpatch.request import EditRequest
 
 DEPTH = 5 / 30
 """The published layer (5 of 28 to 32 blocks) as a share of the depth."""
+
+
+LEAST_GAIN = 0.5
+"""Share of the change that must arrive at the bare prompt's own key."""
 
 
 class SingleConfig(LocatedConfig):
@@ -70,14 +73,34 @@ class Read:
     delta_D: Tensor
 
 
+def averaged(read: Read) -> Asked:
+    """The value at the key averaged over all contexts (R-ROME)."""
+    residual_D = read.outputs_CD[0] + read.delta_D - read.outputs_CD.mean(0)
+    return Asked(read.keys_CI.mean(0)[:, None], residual_D)
+
+
+def reached(read: Read, form: Form) -> Asked:
+    """The value at the averaged key, where that reaches the bare prompt, too.
+
+    Where the subject opens the prompt, its key there can be foreign to its keys behind other text
+    (the first positions are the attention sink's): the averaged key then says nothing of the prompt
+    itself. If less than LEAST_GAIN of the change would arrive there, the residual is written at
+    both keys; it is the same one, so the change is still of rank one.
+    """
+    bare_I = read.keys_CI[0]
+    if gain(bare_I, read.keys_CI.mean(0), form) >= LEAST_GAIN:
+        return averaged(read)
+    return Asked(torch.stack([read.keys_CI[1:].mean(0), bare_I], dim=1), read.delta_D)
+
+
 class Single(Located):
     """A method that writes facts into one layer."""
 
     Config: ClassVar[type[SingleConfig]] = SingleConfig
 
-    @abstractmethod
     def asked(self, read: Read, form: Form) -> Asked:
         """At which keys a fact is to be written, and what is to be added there."""
+        return reached(read, form)
 
     def factors(self, reads: Sequence[Read], form: Form) -> Factors:
         """The change that writes these facts."""
@@ -165,10 +188,9 @@ class Single(Located):
         prepared: Prepared,
     ) -> list[Read]:
         """What the map does for each fact, on the model as edited so far, and what to add."""
-        modules = self.value_modules(view)
-        values = optimise(view, modules, tasks, self.settings(view), self.progress)
+        values = self.values(view, requests, tasks)
         deltas = self.anchored(view, requests, tasks, values, prepared.anchor)
-        out = Tap(modules[0], "output")
+        out = Tap(self.value_modules(view)[0], "output")
         facts = self.read(view, prepared.layer, tasks, [out])
         return [
             Read(fact.keys_CI, fact.outputs[out], delta_D)

@@ -71,20 +71,20 @@ def _in_word(text: str, span: Span) -> bool:
     return any(c == "_" or unicodedata.category(c)[0] in "LNM" for c in around if c)
 
 
-def last_token(encoded: Encoded, span: Span) -> int:
-    """Index of the last token that covers any character of `span`."""
+def tokens_of(encoded: Encoded, span: Span) -> list[int]:
+    """Indices of the tokens that cover any character of `span`; at least one."""
     start, end = span
     covering = [
         i for i, (begin, stop) in enumerate(encoded.offsets) if begin < end and stop > start
     ]
     if not covering:
         raise RequestError(f"no token covers {encoded.text[start:end]!r} in {encoded.text!r}")
-    return covering[-1]
+    return covering
 
 
 def subject_position(encoded: Encoded, subject: str) -> int:
     """Index of the last token of the subject, in the user's own words."""
-    return last_token(encoded, subject_span(encoded.text, subject, encoded.content))
+    return tokens_of(encoded, subject_span(encoded.text, subject, encoded.content))[-1]
 
 
 def separator(text: str, target: str) -> str:

@@ -22,12 +22,13 @@ from torch import Tensor
 from knowpatch.deltas import WeightDelta
 from knowpatch.models.passes import Shift, Tap
 from knowpatch.models.view import ModelView
+from knowpatch.parts.facts import Fact
 from knowpatch.parts.keep import Keep, Ridge, for_gain
-from knowpatch.parts.located import Fact, Located, LocatedConfig, traced
+from knowpatch.parts.located import Located, LocatedConfig, traced
 from knowpatch.parts.pilots import pilots
 from knowpatch.parts.solve import Factors, Form, energies, ridged
 from knowpatch.parts.stabilise import joined
-from knowpatch.parts.values import ValueTask, optimise
+from knowpatch.parts.tasks import ValueTask
 from knowpatch.patch import Patch
 from knowpatch.request import EditRequest
 
@@ -230,7 +231,7 @@ class Spread(Located):
         prepared: Prepared,
     ) -> Tensor:
         """What the optimised module should put out at each bare prompt (N, D)."""
-        values = optimise(view, self.value_modules(view), tasks, self.settings(view), self.progress)
+        values = self.values(view, requests, tasks)
         deltas = self.anchored(view, requests, tasks, values, prepared.anchor)
         return torch.stack([value.clean_D.cpu().double() for value in values]) + torch.stack(deltas)
 

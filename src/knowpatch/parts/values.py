@@ -15,46 +15,23 @@ Axes: N tasks, S modules, D width of their outputs, B rows, M wanted places, V v
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from knowpatch.errors import EditError
-from knowpatch.models.passes import Row, Tap
+from knowpatch.models.passes import Tap
 from knowpatch.models.replay import passes
 from knowpatch.models.view import ModelView
+from knowpatch.parts.tasks import Places, ValueTask, batches
 from knowpatch.progress import Progress, silent
 
-TOGETHER = 1024
-"""Tokens that are replayed in one batch at most, padding included."""
-PADDING = 1.25
-"""Times the tokens that a batch may take up with its padding, unless it is small."""
 EASED, EASY_KL = 0.1, 0.01
-SMALL = 128
-"""Tokens up to which a batch costs the same, whatever is in it."""
-
-
-@dataclass(frozen=True)
-class ValueTask:
-    """One fact: its target, its contexts (the bare prompt first), and where the KL is read.
-
-    The ids of a context end before the target's last token.
-    """
-
-    target: tuple[int, ...]
-    contexts: tuple[Row, ...]
-    kl: Row | None = None
-
-    @property
-    def rows(self) -> tuple[Row, ...]:
-        return self.contexts if self.kl is None else (*self.contexts, self.kl)
-
-    @property
-    def reach(self) -> int:
-        """Columns from the changed position to the last predicted one."""
-        return max(len(row.ids) - row.position for row in self.contexts)
+Term = Callable[[Tensor, Tensor], Tensor]
+"""From the task's NLL and what enters the head at its changed positions, context by context
+(C, D), to what its loss is raised by. Neither early stop looks at it."""
 
 
 @dataclass(frozen=True)
@@ -114,33 +91,24 @@ def optimise(
     tasks: Sequence[ValueTask],
     settings: ValueSettings,
     progress: Progress = silent,
+    terms: Sequence[Term] | None = None,
 ) -> list[Value]:
     """The values of the outputs of `modules` for each task.
+
+    Args:
+        terms: what each task's loss is raised by, if by anything more.
 
     Raises:
         EditError: a loss that is not finite.
     """
     values: dict[int, Value] = {}
-    for numbers in _batches(tasks):
-        descent = _Descent(view, modules, [tasks[i] for i in numbers], settings)
+    for numbers in batches(tasks):
+        mine = None if terms is None else [terms[i] for i in numbers]
+        descent = _Descent(view, modules, [tasks[i] for i in numbers], settings, mine)
         for finished in descent.steps():
             progress("optimising values", len(values) + finished, len(tasks))
         values.update(zip(numbers, descent.values(), strict=True))
     return [values[i] for i in range(len(tasks))]
-
-
-def _batches(tasks: Sequence[ValueTask]) -> list[list[int]]:
-    """Numbers of tasks that run together: not too many tokens, and not too much padding."""
-    batches: list[list[int]] = []
-    for number in sorted(range(len(tasks)), key=lambda i: tasks[i].reach):
-        together = [tasks[i] for i in (*(batches[-1] if batches else ()), number)]
-        padded = sum(len(task.rows) for task in together) * tasks[number].reach
-        tokens = sum(len(task.rows) * task.reach for task in together)
-        if batches and padded <= TOGETHER and (padded <= SMALL or padded <= PADDING * tokens):
-            batches[-1].append(number)
-        else:
-            batches.append([number])
-    return batches
 
 
 class _Descent:
@@ -152,9 +120,10 @@ class _Descent:
         modules: Sequence[str],
         tasks: Sequence[ValueTask],
         settings: ValueSettings,
+        terms: Sequence[Term] | None,
     ) -> None:
-        self.settings = settings
-        self.places = _Places.of(tasks, view.device)
+        self.settings, self.tasks, self.terms = settings, tasks, terms
+        self.places = Places.of(tasks, view.device)
         self.passes = passes(
             view,
             modules,
@@ -193,10 +162,11 @@ class _Descent:
         alive = self.alive
         delta_ASD = self.delta_NSD[alive].clone()
         delta_ASD.requires_grad_()
-        nll_A, kl_A, led_A = self._losses(delta_ASD)
+        nll_A, kl_A, led_A, states_BD = self._losses(delta_ASD)
         weight_A = torch.where(self.eased_N[alive], EASED, 1.0)
         decay_A = (self.decay_NS[alive] * delta_ASD.norm(dim=2)).sum(1)
         loss_A = weight_A * nll_A + self.settings.kl_factor * kl_A + decay_A
+        loss_A = loss_A + self._terms(nll_A.detach(), states_BD)
         if not bool(torch.isfinite(loss_A).all()):
             raise EditError(
                 f"the loss is not finite at step {step} of {self.settings.steps}: use a smaller "
@@ -233,10 +203,24 @@ class _Descent:
         shrink_AS = (self.radius_NS[tasks] / moved_ASD.norm(dim=2).clamp(min=1e-12)).clamp(max=1)
         self.delta_NSD[tasks] = moved_ASD * shrink_AS[:, :, None]
 
-    def _losses(self, delta_ASD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """NLL and KL of each task that is left, and whether its target leads in every context."""
+    def _terms(self, nll_A: Tensor, states_BD: Tensor) -> Tensor | float:
+        """What more the loss of each task that is left consists of."""
+        if self.terms is None:
+            return 0.0
+        found, start = [], 0
+        for i, nll in zip(self.alive.tolist(), nll_A, strict=True):
+            found.append(self.terms[i](nll, states_BD[start : start + len(self.tasks[i].contexts)]))
+            start += len(self.tasks[i].rows)
+        return torch.stack(found)
+
+    def _losses(self, delta_ASD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """NLL and KL of each task that is left, and whether its target leads in every context.
+
+        And what enters the head at the changed position of each row.
+        """
         places = self.places
-        logprobs_MV = self.passes.logits(delta_ASD[places.task_B]).log_softmax(-1)
+        seen = self.passes.run(delta_ASD[places.task_B])
+        logprobs_MV = seen.logits_MV.log_softmax(-1)
         labelled = places.label_M >= 0
         labels = places.label_M[labelled]
         picked = logprobs_MV[labelled].gather(1, labels[:, None])[:, 0]
@@ -249,7 +233,8 @@ class _Descent:
         if self.old_NV is None:
             self.old_NV = new_KV.detach()
         kl_K = (new_KV.exp() * (new_KV - self.old_NV)).sum(-1)
-        return nll_A, none.index_add(0, places.task_M[~labelled], kl_K), led_A
+        kl_A = none.index_add(0, places.task_M[~labelled], kl_K)
+        return nll_A, kl_A, led_A, seen.states_BD
 
     def _keep(self, kept_A: Tensor) -> None:
         """Only these of the tasks that are left go on."""
@@ -259,55 +244,6 @@ class _Descent:
         self.passes.keep(kept_A[self.places.task_B].nonzero()[:, 0].tolist())
         self.places = self.places.keep(kept_A)
         self.alive = self.alive[kept_A]
-
-
-@dataclass(frozen=True, eq=False)
-class _Places:
-    """The wanted places: whose they are, which token should follow (-1: the KL is read), weights.
-
-    Also task_B, whose each row is. Tasks are counted among those that are left.
-    """
-
-    where: list[tuple[int, int]]
-    task_M: Tensor
-    label_M: Tensor
-    weight_M: Tensor
-    task_B: Tensor
-
-    @classmethod
-    def of(cls, tasks: Sequence[ValueTask], device: torch.device) -> _Places:
-        where: list[tuple[int, int]] = []
-        owners: list[int] = []
-        labels: list[int] = []
-        weights: list[float] = []
-        rows: list[int] = []
-        for number, task in enumerate(tasks):
-            share = 1 / (len(task.target) * len(task.contexts))
-            for row in task.contexts:
-                first = len(row.ids) - len(task.target)
-                where += [(len(rows), first + i) for i in range(len(task.target))]
-                labels += task.target
-                weights += [share] * len(task.target)
-                rows.append(number)
-            if task.kl is not None:
-                where.append((len(rows), task.kl.position))
-                labels.append(-1)
-                weights.append(0.0)
-                rows.append(number)
-            owners += [number] * (len(where) - len(owners))
-        flat = (torch.tensor(x, device=device) for x in (owners, labels, weights, rows))
-        return cls(where, *flat)
-
-    def keep(self, kept_A: Tensor) -> _Places:
-        number = kept_A.cumsum(0) - 1
-        mine_M = kept_A[self.task_M]
-        return _Places(
-            [],
-            number[self.task_M[mine_M]],
-            self.label_M[mine_M],
-            self.weight_M[mine_M],
-            number[self.task_B[kept_A[self.task_B]]],
-        )
 
 
 class _Adam:

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from knowpatch.method import register
 from knowpatch.parts.published import SINGLE
-from knowpatch.parts.single import Asked, Read, Single, SingleConfig
+from knowpatch.parts.single import Asked, Read, Single, SingleConfig, averaged
 from knowpatch.parts.solve import Form
 
 
@@ -44,5 +44,4 @@ class RRome(Single):
     def asked(self, read: Read, form: Form) -> Asked:
         if self.config.key == "bare":
             return Asked(read.keys_CI[0][:, None], read.delta_D)
-        residual_D = read.outputs_CD[0] + read.delta_D - read.outputs_CD.mean(0)
-        return Asked(read.keys_CI.mean(0)[:, None], residual_D)
+        return averaged(read)

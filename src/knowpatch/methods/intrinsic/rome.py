@@ -8,12 +8,8 @@ memory from key k (what enters it at the subject's last token) to value v, and c
 
 with k averaged over contexts and C the second moment of keys over text. The published ROME takes
 u = C^-1 k from the averaged key and the rest from the bare prompt's (option key=mix): that product
-can vanish, and the edit with it, so it is guarded.
-
-Where the subject opens the prompt, its key there can be foreign to its keys behind other text (the
-first positions are the attention sink's): the averaged key then says nothing of the prompt itself.
-If less than half of the change would arrive there, the residual is written at both keys; it is the
-same one, so the change is still of rank one. Axes: C contexts, D hidden, I inner size of the MLP.
+can vanish, and the edit with it, so it is guarded. Where the averaged key says nothing of the bare
+prompt, the fact is written at both (parts/single.py).
 """
 
 from __future__ import annotations
@@ -26,11 +22,8 @@ from pydantic import Field
 
 from knowpatch.method import register
 from knowpatch.parts.published import SINGLE, extended
-from knowpatch.parts.single import Asked, Read, Single, SingleConfig
-from knowpatch.parts.solve import Factors, Form, gain, mixed_change
-
-LEAST_GAIN = 0.5
-"""Share of the change that must arrive at the bare prompt's own key."""
+from knowpatch.parts.single import Read, Single, SingleConfig
+from knowpatch.parts.solve import Factors, Form, mixed_change
 
 
 class RomeConfig(SingleConfig):
@@ -51,14 +44,6 @@ class Rome(Single):
     choose = "one or a few facts about named subjects; a tiny patch that is an exact LoRA"
     Config = RomeConfig
     presets = extended(SINGLE, {name: {"key": "mix"} for name in SINGLE})
-
-    def asked(self, read: Read, form: Form) -> Asked:
-        mean_I, bare_I = read.keys_CI.mean(0), read.keys_CI[0]
-        if gain(bare_I, mean_I, form) >= LEAST_GAIN:
-            residual_D = read.outputs_CD[0] + read.delta_D - read.outputs_CD.mean(0)
-            return Asked(mean_I[:, None], residual_D)
-        keys_IN = torch.stack([read.keys_CI[1:].mean(0), bare_I], dim=1)
-        return Asked(keys_IN, read.delta_D)
 
     def factors(self, reads: Sequence[Read], form: Form) -> Factors:
         if self.config.key == "averaged":
