@@ -78,14 +78,16 @@ class Form:
     """S = S0 + the sum of k k^T over kept keys: symmetric, positive definite, (J, J), float64.
 
     Attributes:
-        root: the Cholesky factor of S0 (J, J), or a number s that stands for s I.
+        root: S0 = size root root^T, a Cholesky factor (J, J); None for the identity.
+        size: a number, so that a form is scaled without another matrix.
         width: J.
-        white_JM: root^-1 of the keys that were kept since the factor was made.
+        white_JM: S0^-1/2 of the keys that were kept since the factor was made.
         inner_MM: the Cholesky factor of I + white^T white.
         kept: how many keys have been added in all.
     """
 
-    root: Tensor | float
+    root: Tensor | None
+    size: float
     width: int
     white_JM: Tensor
     inner_MM: Tensor
@@ -94,22 +96,22 @@ class Form:
     @classmethod
     def of(cls, matrix_JJ: Tensor) -> Form:
         """The form of a symmetric positive definite matrix."""
-        return cls._bare(cholesky(matrix_JJ), len(matrix_JJ), 0)
+        return cls._bare(cholesky(matrix_JJ), 1.0, len(matrix_JJ), 0)
 
     @classmethod
     def even(cls, size: float, width: int) -> Form:
         """`size` times the identity."""
-        return cls._bare(float(size) ** 0.5, width, 0)
+        return cls._bare(None, size, width, 0)
 
     @classmethod
-    def _bare(cls, root: Tensor | float, width: int, kept: int) -> Form:
+    def _bare(cls, root: Tensor | None, size: float, width: int, kept: int) -> Form:
         none = torch.zeros(width, 0, dtype=torch.float64)
-        return cls(root, width, none, torch.zeros(0, 0, dtype=torch.float64), kept)
+        return cls(root, size, width, none, torch.zeros(0, 0, dtype=torch.float64), kept)
 
     def scaled(self, size: float) -> Form:
         """`size` times a form that has kept no keys yet."""
         assert not self.kept
-        return replace(self, root=self.root * size**0.5)
+        return replace(self, size=self.size * size)
 
     def solve(self, keys_JN: Tensor) -> Tensor:
         """S^-1 K (J, N)."""
@@ -117,10 +119,10 @@ class Form:
         if self.white_JM.shape[1]:
             inner_MN = torch.cholesky_solve(self.white_JM.T @ white_JN, self.inner_MM)
             white_JN = white_JN - self.white_JM @ inner_MN
-        if isinstance(self.root, float):
-            return white_JN / self.root
-        solved: Tensor = torch.linalg.solve_triangular(self.root.T, white_JN, upper=True)
-        return solved
+        solved_JN: Tensor = white_JN / self.size**0.5
+        if self.root is not None:
+            solved_JN = torch.linalg.solve_triangular(self.root.T, solved_JN, upper=True)
+        return solved_JN
 
     def keeping(self, keys_JN: Tensor) -> Form:
         """The form with k k^T added for each of these keys; this one stays as it is."""
@@ -139,7 +141,7 @@ class Form:
         inner[beside:, :beside] = border_MN.T
         inner[beside:, beside:] = cholesky(corner_NN)
         white_JM = torch.cat([self.white_JM, white_JN], dim=1)
-        return Form(self.root, self.width, white_JM, inner, self.kept + count)
+        return Form(self.root, self.size, self.width, white_JM, inner, self.kept + count)
 
     def _factored(self, keys_JN: Tensor) -> Form:
         """With these keys, in one factor: root chol(I + W W^T), W the whitened keys.
@@ -148,22 +150,23 @@ class Form:
         """
         white_JM = torch.cat([self.white_JM, self._whitened(keys_JN)], dim=1)
         factor_JJ = cholesky(raised(white_JM @ white_JM.T, 1.0))
-        root = self.root * factor_JJ if isinstance(self.root, float) else self.root @ factor_JJ
-        return self._bare(root, self.width, self.kept + keys_JN.shape[1])
+        root = factor_JJ if self.root is None else self.root @ factor_JJ
+        return self._bare(root, self.size, self.width, self.kept + keys_JN.shape[1])
 
     def matrix(self) -> Tensor:
         """S itself (J, J)."""
-        if isinstance(self.root, float):
-            eye_JJ = torch.eye(self.width, dtype=torch.float64)
-            return self.root**2 * (eye_JJ + self.white_JM @ self.white_JM.T)
-        keys_JM = self.root @ self.white_JM
-        return torch.addmm(keys_JM @ keys_JM.T, self.root, self.root.T)
+        if self.root is None:
+            matrix_JJ = raised(self.white_JM @ self.white_JM.T, 1.0)
+        else:
+            keys_JM = self.root @ self.white_JM
+            matrix_JJ = torch.addmm(keys_JM @ keys_JM.T, self.root, self.root.T)
+        return matrix_JJ * self.size
 
     def _whitened(self, keys_JN: Tensor) -> Tensor:
-        """root^-1 K (J, N)."""
-        if isinstance(self.root, float):
-            return keys_JN / self.root
-        white_JN: Tensor = torch.linalg.solve_triangular(self.root, keys_JN, upper=False)
+        """S0^-1/2 K (J, N)."""
+        white_JN: Tensor = keys_JN / self.size**0.5
+        if self.root is not None:
+            white_JN = torch.linalg.solve_triangular(self.root, white_JN, upper=False)
         return white_JN
 
 
