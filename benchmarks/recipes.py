@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from knowpatch import EditRequest, load
+from knowpatch import EditRequest, Patch, load
 from knowpatch.editing import choose, edit_each
 from knowpatch.parts.spans import continuation
 
@@ -74,14 +74,19 @@ def score(
     ]
     patches = edit_each(model, requests, method=choose(method, options))
     for record, patch in zip(records, patches, strict=True):
-        kept = leading(model, record["locality_prompt"], record["locality_ground_truth"])
-        with model.applied(patch):
-            now = leading(model, record["locality_prompt"], record["locality_ground_truth"])
-            yield {
-                "success": accuracy(model, record["prompt"], record["target_new"]),
-                "rephrase": accuracy(model, record["rephrase_prompt"], record["target_new"]),
-                "locality": float(np.mean([a == b for a, b in zip(kept, now, strict=True)])),
-            }
+        yield scores(model, record, patch)
+
+
+def scores(model: Any, record: Mapping[str, str], patch: Patch) -> dict[str, float]:
+    """What a patch for a record does to it."""
+    kept = leading(model, record["locality_prompt"], record["locality_ground_truth"])
+    with model.applied(patch):
+        now = leading(model, record["locality_prompt"], record["locality_ground_truth"])
+        return {
+            "success": accuracy(model, record["prompt"], record["target_new"]),
+            "rephrase": accuracy(model, record["rephrase_prompt"], record["target_new"]),
+            "locality": float(np.mean([a == b for a, b in zip(kept, now, strict=True)])),
+        }
 
 
 def accuracy(model: Any, prompt: str, answer: str) -> float:

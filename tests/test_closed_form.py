@@ -116,7 +116,8 @@ def test_memit_is_the_formula_of_its_card(known, architecture, weight):
         tasks = [method.task(view, request, prepared.contexts) for request in pilots(PILOTS)]
         keys_IN = _grouped(method.read(view, 1, tasks))
         energy = (keys_IN * torch.linalg.solve(second_II, keys_IN)).sum(0).median()
-        weight = float(energy) * 0.1 / 0.9
+        gain = method.config.gain
+        weight = float(energy) * (1 - gain) / gain
     tasks = [method.task(view, request, prepared.contexts) for request in FACTS]
     now = Tap(view.roles.blocks[1].module, "output")
     facts = method.read(view, 1, tasks, [now])
@@ -199,7 +200,7 @@ def test_what_is_prepared_is_that_of_the_model_as_it_came(known, tmp_path, monke
 
 def test_the_same_prompt_again_replaces_what_was_written(known):
     """Its old key is not kept, another prompt's is; and the new target comes before the old."""
-    model, method = known(), _method("memit", layers=[0], steps=30)
+    model, method = known(), _method("memit", layers=[0], steps=30, gain=0.9)
     again = FRANCE.model_copy(update={"target": "Tokyo"})
     model.apply(edit(model, FRANCE, method=method))
     ready = prepare(model, method)

@@ -224,10 +224,14 @@ class Located(EditMethod):
 
     def _mlp_outputs(self, view: ModelView, tasks: Sequence[ValueTask]) -> list[Tensor]:
         """What the last layer's MLP puts out at each bare prompt (D each), float64."""
-        last = self.layers_of(view)[-1]
-        tap = Tap(self.role(view, last).module, "output")
+        return self.outputs(view, self.role(view, self.layers_of(view)[-1]).module, tasks)
+
+    def outputs(self, view: ModelView, module: str, tasks: Sequence[ValueTask]) -> list[Tensor]:
+        """What a module at the last layer puts out at each bare prompt (D each), float64."""
+        tap = Tap(module, "output")
         bare = [replace(task, contexts=task.contexts[:1]) for task in tasks]
-        return [fact.outputs[tap][0] for fact in self.read(view, last, bare, [tap])]
+        facts = self.read(view, self.layers_of(view)[-1], bare, [tap])
+        return [fact.outputs[tap][0] for fact in facts]
 
     def change(
         self,

@@ -28,7 +28,7 @@ class NullConfig(SpreadConfig):
     """Options of the methods that write into a null space."""
 
     null_share: float = Field(
-        0.02, gt=0, lt=1, description="share of text's key energy that the null space may hold"
+        0.2, gt=0, lt=1, description="share of text's key energy that the null space may hold"
     )
     threshold: float | None = Field(
         None, gt=0, description="instead of null_share: largest eigenvalue in it (published: 0.02)"

@@ -50,7 +50,7 @@ class SpreadConfig(LocatedConfig):
     )
     memory: bool = Field(True, description="leave alone what live edits of this method wrote")
     gain: float = Field(
-        0.9, gt=0, lt=1, description="share of a pilot fact's residual that a layer's solve writes"
+        0.5, gt=0, lt=1, description="share of a pilot fact's residual that a layer's solve writes"
     )
     weight: float | None = Field(
         None, gt=0, description="of what to leave alone, itself (lambda, L2); by default from gain"
@@ -159,9 +159,13 @@ class Spread(Located):
         return layers if adds(view, self.role(view, layers[-1]).module, layers[-1]) else layers[-1:]
 
     def value_modules(self, view: ModelView) -> tuple[str, ...]:
+        return (self.gap_module(view),)
+
+    def gap_module(self, view: ModelView) -> str:
+        """Whose output is to move by the value: the last block's, or, behind a norm, the map's."""
         last = self.layers_of(view)[-1]
         out = self.role(view, last).module
-        return (view.roles.blocks[last].module if adds(view, out, last) else out,)
+        return view.roles.blocks[last].module if adds(view, out, last) else out
 
     # -- before an edit ----------------------------------------------------------------------------
 
@@ -230,10 +234,10 @@ class Spread(Located):
         tasks: Sequence[ValueTask],
         prepared: Prepared,
     ) -> Tensor:
-        """What the optimised module should put out at each bare prompt (N, D)."""
+        """What `gap_module` should put out at each bare prompt (N, D)."""
         values = self.values(view, requests, tasks)
         deltas = self.anchored(view, requests, tasks, values, prepared.anchor)
-        return torch.stack([value.clean_D.cpu().double() for value in values]) + torch.stack(deltas)
+        return torch.stack(deltas) + torch.stack(self.outputs(view, self.gap_module(view), tasks))
 
     def _write(
         self,
@@ -245,7 +249,7 @@ class Spread(Located):
         state: Written | None,
     ) -> Patch:
         keeps = self._keeps(requests, prepared, state)
-        now = Tap(self.value_modules(view)[0], "output")
+        now = Tap(self.gap_module(view), "output")
         deltas: list[WeightDelta] = []
         traces: dict[str, Tensor] = {}
         for number, (layer, keep) in enumerate(keeps.items()):

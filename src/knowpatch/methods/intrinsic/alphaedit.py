@@ -7,8 +7,9 @@ onto the directions in which keys over text have next to no energy, and
 
 with Kp the keys of earlier live edits. Solved in the coordinates of that subspace, where the system
 is symmetric and small. How much is "next to no energy" is a share of the trace here (null_share):
-the published threshold of 0.02 is in units of squared activation and leaves up to a third of the
-energy of a small model's early layers unprotected.
+the published threshold of 0.02 is in units of squared activation, and means another space on every
+model. A share is a trade: what lies inside is not protected, but in a small space many facts crowd,
+their changes grow, and more is lost than the space protects (benchmarks/README.md).
 """
 
 from __future__ import annotations

@@ -2,14 +2,19 @@
 
 Li et al., "PMET: Precise Model Editing in a Transformer" (arXiv 2308.08742). Two vectors are
 optimised together at the last layer, one added to its attention's output and one to its MLP's; the
-first takes up what does not belong into the MLP and is thrown away. The gap is measured at the
-MLP's output, and a layer writes one over the square root of the layers left of it; the solve is
-MEMIT's.
+first takes up what does not belong into the MLP and is thrown away. A layer writes one over the
+square root of the layers left of the gap; the solve is MEMIT's.
+
+The published program measures the gap at the last MLP's output, which does not see what the lower
+layers have put into the residual stream: together they write three times the value, times the share
+that a solve writes, and how much of it differs from fact to fact. Measured in the stream (gap, the
+default) each layer corrects those below it.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -27,6 +32,9 @@ class PmetConfig(WeighedConfig):
     """Options of PMET."""
 
     clamp: float = Field(4.0, gt=0, description="how far a value may move, in its own length")
+    gap: Literal["stream", "map"] = Field(
+        "stream", description="what is missing is measured behind the block, or the map (published)"
+    )
 
 
 @register("pmet")
@@ -47,12 +55,14 @@ class Pmet(Spread):
                 "steps": 30,
                 "kl_factor": 1.0,
                 "weight": 6000.0,
+                "gap": "map",
                 **PLAIN,
             },
             "llama-2-7b": {
                 "steps": 20,
                 "clamp": 1.0,
                 "weight": 15_000.0,
+                "gap": "map",
                 **PLAIN,
             },
         },
@@ -64,6 +74,11 @@ class Pmet(Spread):
     def value_modules(self, view: ModelView) -> tuple[str, ...]:
         last = self.layers_of(view)[-1]
         return tuple(view.roles.linear(role, last).module for role in (ROLE, "attn.out"))
+
+    def gap_module(self, view: ModelView) -> str:
+        if self.config.gap == "map":
+            return self.role(view, self.layers_of(view)[-1]).module
+        return super().gap_module(view)
 
     def share(self, layers_left: int) -> float:
         return float(layers_left**-0.5)
