@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
@@ -155,6 +157,27 @@ def test_each_layer_is_asked_for_its_share_of_the_gap(known, name, power):
     for number, keep in enumerate(keeps.values()):
         (residuals_DN,) = keep.asked
         assert (residuals_DN * (3 - number) ** power - gap_DN).norm() <= 1e-4 * gap_DN.norm()
+
+
+@pytest.mark.parametrize("gap", ["stream", "map"])
+def test_pmet_measures_what_is_missing_where_it_is_told(known, gap):
+    """Behind the block what the layer below has written counts, at the map it does not."""
+    view, method = known().view, _method("pmet", layers=[0, 1], gap=gap)
+    prepared, idle = method.prepare(view), Idle()
+    prepared = replace(prepared, keeps={0: prepared.keeps[0], 1: idle})
+    written = method.edit(view, FACTS, prepared, None).deltas[:1]
+
+    tasks = [method.task(view, request, prepared.contexts) for request in FACTS]
+    values = optimise(view, method.value_modules(view), tasks, method.settings(view))
+    wanted_ND = torch.stack([value.delta_D.double() for value in values])
+    module = view.roles.blocks[1].module if gap == "stream" else method.role(view, 1).module
+    before_ND = torch.stack(method.outputs(view, module, tasks))
+    with view.trying(written):
+        moved_ND = torch.stack(method.outputs(view, module, tasks)) - before_ND
+    assert moved_ND.norm() > 0.01 * wanted_ND.norm()
+    (residuals_DN,) = idle.asked
+    missing_ND = wanted_ND - moved_ND
+    assert (residuals_DN.T - missing_ND).norm() <= 1e-4 * missing_ND.norm()
 
 
 def test_the_state_is_that_of_the_live_patches(known):

@@ -32,6 +32,12 @@ class PmetConfig(WeighedConfig):
     """Options of PMET."""
 
     clamp: float = Field(4.0, gt=0, description="how far a value may move, in its own length")
+    gain: float = Field(
+        0.6, gt=0, lt=1, description="share of a pilot fact's residual that a layer's solve writes"
+    )
+    easing: bool = Field(
+        False, description="ease off once the target leads, and stop at little drift (published)"
+    )
     gap: Literal["stream", "map"] = Field(
         "stream", description="what is missing is measured behind the block, or the map (published)"
     )
@@ -56,6 +62,7 @@ class Pmet(Spread):
                 "kl_factor": 1.0,
                 "weight": 6000.0,
                 "gap": "map",
+                "easing": True,
                 **PLAIN,
             },
             "llama-2-7b": {
@@ -63,6 +70,7 @@ class Pmet(Spread):
                 "clamp": 1.0,
                 "weight": 15_000.0,
                 "gap": "map",
+                "easing": True,
                 **PLAIN,
             },
         },
@@ -84,4 +92,4 @@ class Pmet(Spread):
         return float(layers_left**-0.5)
 
     def settings(self, view: ModelView) -> ValueSettings:
-        return replace(super().settings(view), easing=True)
+        return replace(super().settings(view), easing=self.config.easing)

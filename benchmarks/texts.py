@@ -1,0 +1,163 @@
+"""Which text key statistics need, and how much of it.
+
+    python benchmarks/texts.py DATA/counterfact/counterfact-edit.json --rows ROWS.jsonl
+                               [--records 40] [--tokens 1000 5000 20000 50000 200000]
+
+One batch of facts is written by memit with statistics from each text (by default the Wikipedia
+summaries, and self, text that the model has written) and each number of tokens. change: cosine of
+the change with that from the most tokens of the first text, all maps together. success, rephrase,
+locality: as in recipes.py, with a bootstrap 95 % interval; perplexity: of an ordinary text, over
+the base's. seconds: to collect the statistics of all maps, 0 where they were there already. The
+values are optimised once: no text enters into them. Rows are written as they are made; what is
+there already is not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from recipes import SCORES, scores
+from torch import Tensor
+
+from knowpatch import EditRequest, Patch, edit, load
+from knowpatch.deltas import LowRank
+from knowpatch.editing import choose
+from knowpatch.metrics.kinds.perplexity import ordinary
+from knowpatch.parts.spans import continuation
+
+TOKENS = (1_000, 5_000, 20_000, 50_000, 200_000)
+TEXTS = ("default", "self")
+
+
+@dataclass
+class Texts:
+    """One batch of facts, and what it does with statistics from each text."""
+
+    records: list[dict[str, str]]
+    model: Any = field(default_factory=load)
+    values: list[Any] | None = None
+
+    def __post_init__(self) -> None:
+        self.base = self.perplexity()
+
+    def row(self, text: str, tokens: int) -> tuple[dict[str, Any], Patch]:
+        """Scores and seconds, and the patch itself."""
+        source = None if text == "default" else text
+        method: Any = choose("memit", {"tokens": tokens, "text": source})
+        start = perf_counter()
+        method.statistics(self.model.view, method.written(self.model.view))
+        seconds = perf_counter() - start
+        patch = self.patch(method)
+        found = [scores(self.model, record, patch) for record in self.records]
+        with self.model.applied(patch):
+            perplexity = self.perplexity() / self.base
+        means = {name: [row[name] for row in found] for name in SCORES}
+        return {
+            "text": text,
+            "tokens": tokens,
+            "seconds": round(seconds, 1),
+            "perplexity": round(perplexity, 4),
+            **means,
+        }, patch
+
+    def patch(self, method: Any) -> Patch:
+        optimise = method.values
+
+        def values(*given: Any) -> list[Any]:
+            self.values = self.values or optimise(*given)
+            return self.values
+
+        method.values = values
+        requests = [
+            EditRequest(prompt=r["prompt"], subject=r["subject"], target=r["target_new"])
+            for r in self.records
+        ]
+        return edit(self.model, requests, method=method)
+
+    def perplexity(self) -> float:
+        """Of the shipped ordinary text."""
+        pairs = []
+        for given, following in ordinary():
+            encoded = self.model.encode(given)
+            ids = continuation(self.model.tokenizer, encoded, following)
+            pairs.append((encoded.ids, ids))
+        logprobs = [x for scored in self.model.view.score(pairs) for x in scored.logprobs]
+        return math.exp(-sum(logprobs) / len(logprobs))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Which text key statistics need, and how much.")
+    parser.add_argument("file", type=Path, help="counterfact-edit.json")
+    parser.add_argument("--records", type=int, default=40)
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    parser.add_argument("--rows", type=Path, required=True, help="what was measured (jsonl)")
+    args = parser.parse_args()
+    records = json.loads(args.file.read_text(encoding="utf-8"))[: args.records]
+    rows = [json.loads(line) for line in lines(args.rows)]
+    done = {(row["text"], row["tokens"]) for row in rows}
+    wanted = [(text, tokens) for text in TEXTS for tokens in sorted(args.tokens, reverse=True)]
+    texts = Texts(records) if set(wanted) - done else None
+    whole: list[Tensor] = []
+    for text, tokens in wanted:
+        if texts is None or ((text, tokens) in done and whole):
+            continue
+        print(f"{text}, {tokens} tokens", file=sys.stderr, flush=True)
+        row, patch = texts.row(text, tokens)
+        whole = whole or changes(patch)
+        if (text, tokens) not in done:
+            rows.append({**row, "change": round(cosine(changes(patch), whole), 4)})
+            with args.rows.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
+    table(rows)
+
+
+def changes(patch: Patch) -> list[Tensor]:
+    """The change of each map, whole."""
+    return [
+        delta.change.left.double() @ delta.change.right.double()
+        for delta in patch.deltas
+        if isinstance(delta.change, LowRank)
+    ]
+
+
+def cosine(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
+    flat, whole = (torch.cat([change.flatten() for change in side]) for side in (one, other))
+    return float(flat @ whole / (flat.norm() * whole.norm()))
+
+
+def table(rows: Sequence[dict[str, Any]]) -> None:
+    """As Markdown."""
+    print("| text | tokens | seconds | change | success | rephrase | locality | perplexity |")
+    print("|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        means = " | ".join(interval(row[name]) for name in SCORES)
+        print(
+            f"| {row['text']} | {row['tokens']:,} | {row['seconds']} | {row['change']:.3f} "
+            f"| {means} | {row['perplexity']:.3f} |"
+        )
+
+
+def interval(values: Sequence[float], draws: int = 10_000) -> str:
+    """The mean, with its bootstrap 95 % interval."""
+    found = np.array(values)
+    picks = np.random.default_rng(0).integers(len(found), size=(draws, len(found)))
+    low, high = np.percentile(found[picks].mean(1), [2.5, 97.5])
+    return f"{found.mean():.3f} ({low:.3f} to {high:.3f})"
+
+
+def lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+
+if __name__ == "__main__":
+    main()
