@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 import torch
 from plain import bridge, memit, rome
-from recipes import SCORES, paired_interval, scores
+from recipes import SCORES, Rows, compared, requests_of, scores
 from torch import Tensor
 
-from knowpatch import EditRequest, Patch, edit, load
+from knowpatch import EditRequest, Patch, __version__, edit, load
 from knowpatch.editing import choose
 from knowpatch.parts.prefixes import context_prefixes
 from knowpatch.parts.solve import ridged
@@ -48,6 +48,11 @@ class Sides:
         self.seconds = [ridged(found[layer], self.method.config.ridge) for layer in layers]
         self.maps = [self.method.role(view, layer).module for layer in layers]
         self.block = view.roles.blocks[layers[-1]].module
+
+    def recipe(self) -> dict[str, Any]:
+        """What the rows depend on."""
+        config = self.method.config.model_dump(mode="json")
+        return {"method": self.method.name, "version": __version__, "config": config}
 
     def ours(self, request: EditRequest) -> Patch:
         return edit(self.model, request, method=self.method)
@@ -76,34 +81,22 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, required=True, help="each record's scores (jsonl)")
     args = parser.parse_args()
     records = json.loads(args.file.read_text(encoding="utf-8"))[: args.records]
-    rows = [json.loads(line) for line in lines(args.rows)]
-    sides, done = Sides(args.method), {row["case"] for row in rows}
-    for record in records:
+    sides = Sides(args.method)
+    rows = Rows(args.rows, sides.recipe())
+    done = {row["case"] for row in rows.found}
+    for record, request in zip(records, requests_of(records), strict=True):
         if record["case_id"] in done:
             continue
-        request = EditRequest(
-            prompt=record["prompt"], subject=record["subject"], target=record["target_new"]
-        )
-        row = {
-            "case": record["case_id"],
-            "ours": scores(sides.model, record, sides.ours(request)),
-            "plain": scores(sides.model, record, sides.plain(request)),
-        }
-        rows.append(row)
-        with args.rows.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        print(f"{len(rows)} of {len(records)}", file=sys.stderr, flush=True)
+        ours, plain = sides.ours(request), sides.plain(request)
+        found = {"ours": scores(sides.model, record, ours)}
+        found["plain"] = scores(sides.model, record, plain)
+        rows.add({"case": record["case_id"], **found})
+        print(f"{len(rows.found)} of {len(records)}", file=sys.stderr, flush=True)
+    cases = {record["case_id"] for record in records}
+    kept = [row for row in rows.found if row["case"] in cases]
     for name in SCORES:
-        ours, plain = (np.array([row[side][name] for row in rows]) for side in ("ours", "plain"))
-        low, high = paired_interval(ours - plain)
-        print(
-            f"{name}: {ours.mean():.3f} against {plain.mean():.3f}, "
-            f"difference {np.mean(ours - plain):+.3f} [{low:+.3f}, {high:+.3f}], n = {len(rows)}"
-        )
-
-
-def lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        ours_N, plain_N = (np.array([row[s][name] for row in kept]) for s in ("ours", "plain"))
+        print(compared(name, ours_N, plain_N))
 
 
 if __name__ == "__main__":

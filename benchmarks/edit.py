@@ -26,10 +26,10 @@ from typing import Any
 import torch
 from pairs import Pair, measure, report
 from plain import alphaedit, bridge, memit, rome
-from recipes import accuracy
+from recipes import accuracy, requests_of
 from torch import Tensor
 
-from knowpatch import EditRequest, Patch, edit, load
+from knowpatch import Patch, edit, load
 from knowpatch.editing import Seconds, choose
 from knowpatch.parts.nulls import below_share
 from knowpatch.parts.prefixes import context_prefixes
@@ -55,10 +55,7 @@ class Bench:
 
     def __init__(self, file: Path, *, quick: bool) -> None:
         records = json.loads(file.read_text(encoding="utf-8"))[: FEW if quick else COUNT]
-        self.requests = [
-            EditRequest(prompt=r["prompt"], subject=r["subject"], target=r["target_new"])
-            for r in records
-        ]
+        self.requests = requests_of(records)
         self.model = load()
         self.options = {"steps": FEW_STEPS} if quick else {}
         self.value = replace(memit.VALUE, steps=FEW_STEPS) if quick else memit.VALUE

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -57,24 +57,44 @@ def main() -> None:
         args.rows.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     for score_name in SCORES:
         ours, theirs = (np.array([row[score_name] for row in rows]) for rows in found.values())
-        low, high = paired_interval(ours - theirs)
-        print(
-            f"{score_name}: {ours.mean():.3f} against {theirs.mean():.3f}, "
-            f"difference {np.mean(ours - theirs):+.3f} [{low:+.3f}, {high:+.3f}], n = {len(ours)}"
-        )
+        print(compared(score_name, ours, theirs))
 
 
 def score(
     model: Any, records: list[dict[str, str]], method: str, options: Mapping[str, Any]
 ) -> Iterator[dict[str, float]]:
     """The three scores of each record, edited alone."""
-    requests = [
+    patches = edit_each(model, requests_of(records), method=choose(method, options))
+    for record, patch in zip(records, patches, strict=True):
+        yield scores(model, record, patch)
+
+
+def requests_of(records: Sequence[Mapping[str, str]]) -> list[EditRequest]:
+    """CounterFact's records as requests."""
+    return [
         EditRequest(prompt=r["prompt"], subject=r["subject"], target=r["target_new"])
         for r in records
     ]
-    patches = edit_each(model, requests, method=choose(method, options))
-    for record, patch in zip(records, patches, strict=True):
-        yield scores(model, record, patch)
+
+
+class Rows:
+    """Rows of a file (jsonl), of one recipe; what is there is not made again.
+
+    Raises:
+        SystemExit: the file holds rows of another recipe.
+    """
+
+    def __init__(self, path: Path, recipe: Mapping[str, Any]) -> None:
+        self.path, self.recipe = path, json.loads(json.dumps(recipe))
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        self.found = [json.loads(line) for line in text.splitlines()]
+        if any(row["recipe"] != self.recipe for row in self.found):
+            raise SystemExit(f"{path} holds rows of another recipe: name another file")
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        self.found.append({**row, "recipe": self.recipe})
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(self.found[-1]) + "\n")
 
 
 def scores(model: Any, record: Mapping[str, str], patch: Patch) -> dict[str, float]:
@@ -105,12 +125,21 @@ def leading(model: Any, prompt: str, answer: str) -> list[int]:
     return run.logits_MV.argmax(-1).tolist()
 
 
-def paired_interval(differences: np.ndarray, draws: int = 10_000) -> tuple[float, float]:
-    """Bootstrap 95 % interval (percentiles) of the mean difference."""
+def interval(values: np.ndarray, draws: int = 10_000) -> tuple[float, float]:
+    """Bootstrap 95 % interval (percentiles) of a mean; of paired differences, their mean's."""
     generator = np.random.default_rng(0)
-    picks = generator.integers(len(differences), size=(draws, len(differences)))
-    low, high = np.percentile(differences[picks].mean(1), [2.5, 97.5])
+    picks = generator.integers(len(values), size=(draws, len(values)))
+    low, high = np.percentile(values[picks].mean(1), [2.5, 97.5])
     return float(low), float(high)
+
+
+def compared(name: str, ours: np.ndarray, theirs: np.ndarray) -> str:
+    """Both means and their paired difference, with its interval."""
+    low, high = interval(ours - theirs)
+    return (
+        f"{name}: {ours.mean():.3f} against {theirs.mean():.3f}, "
+        f"difference {np.mean(ours - theirs):+.3f} [{low:+.3f}, {high:+.3f}], n = {len(ours)}"
+    )
 
 
 if __name__ == "__main__":

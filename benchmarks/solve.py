@@ -29,7 +29,8 @@ from spectrum import CONDITION, Spectrum
 from torch import Tensor
 
 from knowpatch.bench.memory import Meter, in_use
-from knowpatch.parts.solve import KEPT_SHARE, Form, Space, update
+from knowpatch.parts.solve import KEPT_SHARE, Form, update
+from knowpatch.parts.space import Space
 
 FULL, QUICK, CHECK = (14_336, 4_096), (4_096, 1_024), (2_048, 512)
 """Inputs and outputs; CHECK is where AlphaEdit's plain side is solved in float64, too."""
@@ -88,7 +89,7 @@ class Null:
     @classmethod
     def of(cls, spectrum: Spectrum, dtype: torch.dtype) -> Null:
         space, keys_IM = spectrum.space(), spectrum.keys(EARLIER)
-        form = Form.even(RIDGE, space.width).keeping(space.inside(keys_IM))
+        form = Form.even(RIDGE, space.coordinates).keeping(space.inside(keys_IM))
         projector_II = spectrum.projector().to(dtype)
         return cls(space, form, projector_II, (keys_IM @ keys_IM.T).to(dtype))
 
@@ -175,7 +176,7 @@ class Bench:
                 "relative difference from float32": f"{gap:.1e}",
                 f"relative difference from float64, at I = {CHECK[0]}": f"{exact:.1e}",
                 f"eigendecomposition, s, at I = {QUICK[0]}": round(eigen_seconds(QUICK[0]), 2),
-                "GB: ours holds": gigabytes(held(null.space.basis_IJ, null.form)),
+                "GB: ours holds": gigabytes(held(null.space, null.form)),
                 "GB: plain holds": gigabytes(held(null.projector_II, null.earlier_II)),
             }
         )
@@ -301,15 +302,10 @@ def pays(once: float, pair: Pair) -> int:
     return math.ceil(once / max(pair.plain - pair.ours, 1e-9))
 
 
-def held(*things: Form | Tensor) -> int:
-    """Bytes of matrices and forms."""
-    total = 0
-    for thing in things:
-        parts = (
-            (thing.root, thing.white_JM, thing.inner_MM) if isinstance(thing, Form) else (thing,)
-        )
-        total += sum(part.nbytes for part in parts if isinstance(part, Tensor))
-    return total
+def held(*things: Form | Space | Tensor) -> int:
+    """Bytes of matrices, forms and spaces."""
+    parts = [[thing] if isinstance(thing, Tensor) else vars(thing).values() for thing in things]
+    return sum(part.nbytes for some in parts for part in some if isinstance(part, Tensor))
 
 
 def gigabytes(count: int) -> float:

@@ -12,14 +12,15 @@ import math
 import torch
 from torch import Tensor
 
-from knowpatch.parts.solve import Space
+from knowpatch.parts.nulls import NullConfig
+from knowpatch.parts.space import Space
 
 CONDITION = 3e4
 MEAN = 0.03
 """Mean eigenvalue: what a block of an early layer has."""
 REFLECTIONS = 8
-NULL_SHARE = 0.02
-"""Share of the statistics' trace that lies in the space AlphaEdit may use."""
+NULL_SHARE: float = NullConfig.model_fields["null_share"].default
+"""Share of the statistics' trace that lies in the space AlphaEdit may use: the library's own."""
 
 
 class Spectrum:
@@ -73,7 +74,10 @@ class Spectrum:
         return self.matrix(chosen_I)
 
     def space(self) -> Space:
-        basis_IJ = torch.zeros(len(self.values_I), self.null, dtype=torch.float64)
-        basis_IJ.diagonal(-(len(self.values_I) - self.null)).fill_(1)
+        inputs, outside = len(self.values_I), len(self.values_I) - self.null
+        if self.null > outside:
+            return Space(None, self.rotated(torch.eye(inputs, outside).double()), outside)
+        basis_IJ = torch.zeros(inputs, self.null, dtype=torch.float64)
+        basis_IJ.diagonal(-outside).fill_(1)
         none = torch.zeros(self.null, 0, dtype=torch.float64)
         return Space(self.rotated(basis_IJ), none)

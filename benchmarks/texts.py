@@ -26,10 +26,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from recipes import SCORES, scores
+from recipes import SCORES, Rows, interval, requests_of, scores
 from torch import Tensor
 
-from knowpatch import EditRequest, Patch, edit, load
+from knowpatch import Patch, __version__, edit, load
 from knowpatch.deltas import LowRank
 from knowpatch.editing import choose
 from knowpatch.metrics.kinds.perplexity import ordinary
@@ -52,12 +52,11 @@ class Texts:
 
     def row(self, text: str, tokens: int) -> tuple[dict[str, Any], Patch]:
         """Scores and seconds, and the patch itself."""
-        source = None if text == "default" else text
-        method: Any = choose("memit", {"tokens": tokens, "text": source})
+        method = self.method(text, tokens)
         start = perf_counter()
         method.statistics(self.model.view, method.written(self.model.view))
         seconds = perf_counter() - start
-        patch = self.patch(method)
+        patch = self.patch(text, tokens)
         found = [scores(self.model, record, patch) for record in self.records]
         with self.model.applied(patch):
             perplexity = self.perplexity() / self.base
@@ -70,7 +69,11 @@ class Texts:
             **means,
         }, patch
 
-    def patch(self, method: Any) -> Patch:
+    def method(self, text: str, tokens: int) -> Any:
+        return choose("memit", {"tokens": tokens, "text": None if text == "default" else text})
+
+    def patch(self, text: str, tokens: int) -> Patch:
+        method = self.method(text, tokens)
         optimise = method.values
 
         def values(*given: Any) -> list[Any]:
@@ -78,11 +81,7 @@ class Texts:
             return self.values
 
         method.values = values
-        requests = [
-            EditRequest(prompt=r["prompt"], subject=r["subject"], target=r["target_new"])
-            for r in self.records
-        ]
-        return edit(self.model, requests, method=method)
+        return edit(self.model, requests_of(self.records), method=method)
 
     def perplexity(self) -> float:
         """Of the shipped ordinary text."""
@@ -103,22 +102,22 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, required=True, help="what was measured (jsonl)")
     args = parser.parse_args()
     records = json.loads(args.file.read_text(encoding="utf-8"))[: args.records]
-    rows = [json.loads(line) for line in lines(args.rows)]
-    done = {(row["text"], row["tokens"]) for row in rows}
+    config = choose("memit").config.model_dump(mode="json", exclude={"text", "tokens"})
+    most = max(args.tokens)
+    recipe = {"records": args.records, "most": most, "version": __version__, "config": config}
+    rows = Rows(args.rows, recipe)
+    done = {(row["text"], row["tokens"]) for row in rows.found}
     wanted = [(text, tokens) for text in TEXTS for tokens in sorted(args.tokens, reverse=True)]
-    texts = Texts(records) if set(wanted) - done else None
-    whole: list[Tensor] = []
-    for text, tokens in wanted:
-        if texts is None or ((text, tokens) in done and whole):
-            continue
-        print(f"{text}, {tokens} tokens", file=sys.stderr, flush=True)
-        row, patch = texts.row(text, tokens)
-        whole = whole or changes(patch)
-        if (text, tokens) not in done:
-            rows.append({**row, "change": round(cosine(changes(patch), whole), 4)})
-            with args.rows.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(rows[-1]) + "\n")
-    table(rows)
+    missing = [each for each in wanted if each not in done]
+    if missing:
+        texts = Texts(records)
+        whole = None if missing[0] == wanted[0] else changes(texts.patch(*wanted[0]))
+        for text, tokens in missing:
+            print(f"{text}, {tokens} tokens", file=sys.stderr, flush=True)
+            row, patch = texts.row(text, tokens)
+            whole = changes(patch) if whole is None else whole
+            rows.add({**row, "change": round(cosine(changes(patch), whole), 4)})
+    table([row for row in rows.found if (row["text"], row["tokens"]) in wanted])
 
 
 def changes(patch: Patch) -> list[Tensor]:
@@ -140,23 +139,16 @@ def table(rows: Sequence[dict[str, Any]]) -> None:
     print("| text | tokens | seconds | change | success | rephrase | locality | perplexity |")
     print("|---|---|---|---|---|---|---|---|")
     for row in rows:
-        means = " | ".join(interval(row[name]) for name in SCORES)
+        means = " | ".join(with_interval(np.array(row[name])) for name in SCORES)
         print(
             f"| {row['text']} | {row['tokens']:,} | {row['seconds']} | {row['change']:.3f} "
             f"| {means} | {row['perplexity']:.3f} |"
         )
 
 
-def interval(values: Sequence[float], draws: int = 10_000) -> str:
-    """The mean, with its bootstrap 95 % interval."""
-    found = np.array(values)
-    picks = np.random.default_rng(0).integers(len(found), size=(draws, len(found)))
-    low, high = np.percentile(found[picks].mean(1), [2.5, 97.5])
-    return f"{found.mean():.3f} ({low:.3f} to {high:.3f})"
-
-
-def lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+def with_interval(values: np.ndarray) -> str:
+    low, high = interval(values)
+    return f"{values.mean():.3f} ({low:.3f} to {high:.3f})"
 
 
 if __name__ == "__main__":

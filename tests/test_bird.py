@@ -7,12 +7,12 @@ import tiny
 import torch
 
 from knowpatch.editing import choose, edit
+from knowpatch.errors import OptionError, RequestError
 from knowpatch.methods.intrinsic.bird import without_subject
 from knowpatch.models.passes import Row
 from knowpatch.models.replay import Replay, Whole
 from knowpatch.parts.relation import Phrase, Relation, states_of
 from knowpatch.parts.spans import subject_position
-from knowpatch.parts.values import optimise
 from knowpatch.request import EditRequest
 
 SMALL = {"clamp": 4.0, "kl_factor": 0.0, "tokens": 1000, "ridge": 0.01, "layer": 0}
@@ -23,12 +23,20 @@ FRANCE = EditRequest(prompt=PROMPT, subject="France", target=tiny.EDITS[PROMPT],
 
 
 def _value(model, requests=(FRANCE,), **options):
-    """The method, its relations, and the values of the requests."""
+    """The relations and the values of the requests."""
     method, view = choose("bird", {**SMALL, **options}), model.view
-    tasks = [method.task(view, request, method.contexts(view)) for request in requests]
-    terms = method.terms(view, requests, tasks)
-    settings = method.settings(view)
-    return terms, optimise(view, method.value_modules(view), tasks, settings, terms=terms)
+    prepared = method.prepare(view)
+    tasks = [method.task(view, request, prepared.contexts) for request in requests]
+    terms = method.terms(view, requests, prepared)
+    return terms, method.values(view, tasks, terms)
+
+
+def _states(model, value):
+    """What enters the head at the subject's last token, with the value in force (C, D)."""
+    method, view = choose("bird", SMALL), model.view
+    task = method.task(view, FRANCE, method.contexts(view))
+    way = Whole(view, method.value_modules(view), task.contexts, [(0, task.contexts[0].position)])
+    return way.run(value.delta_SD.repeat(len(task.contexts), 1, 1)).states_BD.detach()
 
 
 def _relation(generator, **more):
@@ -67,19 +75,11 @@ def test_with_weight_it_is_not_rome(known):
 def test_the_relation_is_closer_than_without_it(known, old):
     """What the term measures is smaller where it counts than where it weighs nothing."""
     request = FRANCE.model_copy(update={"old": old})
-    measured = []
+    model, measured = known(), []
     for factor in (0.0, 1.0):
-        model = known()
-        method = choose("bird", {**SMALL, **PAIRS, "factor": factor})
-        view, contexts = model.view, method.contexts(model.view)
-        task = method.task(view, request, contexts)
-        modules, settings = method.value_modules(view), method.settings(view)
-        terms = method.terms(view, [request], [task])
-        (value,) = optimise(view, modules, [task], settings, terms=terms)
-        (term,) = choose("bird", {**SMALL, **PAIRS, "factor": 1.0}).terms(view, [request], [task])
-        way = Whole(view, modules, task.contexts, [(0, task.contexts[0].position)])
-        states_CD = way.run(value.delta_SD.repeat(len(contexts), 1, 1)).states_BD
-        measured.append(float(term(torch.tensor(1.0), states_CD.detach())))
+        _, (value,) = _value(model, [request], **PAIRS, factor=factor)
+        (term,), _ = _value(model, [request], **PAIRS, factor=1.0, steps=2)
+        measured.append(float(term(torch.tensor(1.0), _states(model, value))))
     assert measured[1] < measured[0]
 
 
@@ -177,7 +177,65 @@ def test_replay_sees_what_the_whole_pass_sees_before_the_head(known):
 
 
 def test_the_relation_is_the_prompt_without_its_subject():
-    """Where no words are given for it."""
+    """Wherever it stands, where no words are given for it."""
     assert without_subject(FRANCE) == "The capital of is"
+    twice = EditRequest(prompt="France: France has capital", subject="France", target="Lyon")
+    assert without_subject(twice) == ": has capital"
+
+
+def test_a_prompt_that_is_its_subject_needs_words_for_the_relation(known):
+    """Refused in one line, unless forward is given."""
     alone = EditRequest(prompt="France", subject="France", target="Lyon")
-    assert without_subject(alone) == "France"
+    with pytest.raises(RequestError, match="says nothing besides its subject: give the option"):
+        edit(known(), alone, method="bird", options=SMALL)
+    assert edit(known(), alone, method="bird", options={**SMALL, "forward": "has capital"}).deltas
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({**PAIRS, "reverse": "is of"}, "give one of them"),
+        ({"forward": "  "}, "nothing in it to read"),
+        ({"pairs": [["Japan", ""]]}, "nothing in it to read"),
+        ({"pairs": ["Japan"]}, "pairs"),
+    ],
+)
+def test_options_that_say_nothing_or_two_things_are_refused(options, said):
+    """In one line."""
+    with pytest.raises(OptionError, match=said) as caught:
+        choose("bird", options)
+    assert "\n" not in str(caught.value)
+
+
+def test_facts_with_and_without_an_old_object_in_one_batch(known):
+    """Each has the value that it has alone, whenever the others are done."""
+    prompts = list(tiny.EDITS)[:3]
+    subjects, olds = ("France", "Japan", "Nile"), ("Paris", None, None)
+    requests = [
+        EditRequest(prompt=prompt, subject=subject, target=tiny.EDITS[prompt], old=old)
+        for prompt, subject, old in zip(prompts, subjects, olds, strict=True)
+    ]
+    model = known()
+    _, together = _value(model, requests, **PAIRS)
+    alone = [_value(model, [request], **PAIRS)[1][0] for request in requests]
+    for one, other in zip(together, alone, strict=True):
+        assert (one.delta_D - other.delta_D).norm() <= 1e-3 * other.delta_D.norm()
+
+
+@pytest.mark.parametrize("options", [{"contexts": 0}, {"contexts": 1}, {"chat": True}])
+def test_few_contexts_and_a_chat_template(known, options):
+    """The term is there whatever the prompts are read behind."""
+    (term,), (value,) = _value(known(chat=True), **PAIRS, **options)
+    assert len(term.forward_CD) == 1 + options.get("contexts", 6)
+    assert value.delta_D.norm() > 0
+
+
+def test_an_option_overrules_what_a_preset_says_in_another_way():
+    """A share that is given is not silently beaten by a preset's factor."""
+    assert choose("bird", {"preset": "llama-2-7b"}).config.factor == 2e-4
+    told = choose("bird", {"preset": "llama-2-7b", "share": 0.1}).config
+    assert (told.factor, told.share) == (None, 0.1)
+    memit = choose("memit", {"preset": "llama-2-7b", "gain": 0.7}).config
+    assert (memit.weight, memit.gain) == (None, 0.7)
+    null = choose("alphaedit", {"preset": "llama-3-8b", "null_share": 0.1}).config
+    assert (null.threshold, null.weight) == (None, 10.0)

@@ -299,7 +299,7 @@ def test_no_room_is_one_line(known, name):
     prepared = method.prepare(view)
     space = prepared.keeps[0].space
     made = torch.Generator().manual_seed(0)
-    keys = torch.randn(space.width, len(space.basis_IJ), generator=made)
+    keys = torch.randn(space.width, view.base(method.role(view, 0)).shape[1], generator=made)
     spent = method.fold(prepared, None, _traced({"keys.0": keys}, name))
     assert method.room(prepared, spent) == 0
     with pytest.raises(EditError, match=r"room for 0 more facts .* not for 1") as caught:

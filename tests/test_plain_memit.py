@@ -8,7 +8,8 @@ import pytest
 import torch
 from plain import alphaedit, memit, rome
 
-from knowpatch.parts.solve import Form, Space, update
+from knowpatch.parts.solve import Form, update
+from knowpatch.parts.space import Space
 from knowpatch.parts.spans import continuation, subject_position
 
 BLOCK = "model.layers.2"
@@ -212,7 +213,7 @@ def test_alphaedits_solve_is_ours():
     projector_II = alphaedit.projector(second_II)
     assert _far(projector_II, space.basis_IJ @ space.basis_IJ.T) < 1e-4
     earlier_IM = _problem(count=5)[0].flip(0)
-    form = Form.even(0.5, space.width).keeping(space.inside(earlier_IM))
+    form = Form.even(0.5, space.coordinates).keeping(space.inside(earlier_IM))
     left, right = update(
         residuals_DN, space.inside(keys_IN), form, slack=1.0, basis_IJ=space.basis_IJ
     )

@@ -8,7 +8,6 @@ import torch
 from knowpatch.errors import EditError
 from knowpatch.parts.solve import (
     Form,
-    Space,
     apart,
     cholesky,
     deletion,
@@ -18,6 +17,7 @@ from knowpatch.parts.solve import (
     ridged,
     update,
 )
+from knowpatch.parts.space import Space
 
 OUT, IN = 5, 7
 
@@ -239,20 +239,39 @@ def _space(width: int = 20) -> Space:
 
 
 def _projector(space: Space) -> torch.Tensor:
-    inside = space.basis_IJ @ space.basis_IJ.T
-    spent = space.basis_IJ @ space.spent_JM
-    return inside - spent @ spent.T
+    inside = space.inside(torch.eye(30, dtype=torch.float64))
+    return inside if space.basis_IJ is None else space.basis_IJ @ inside
 
 
-def test_a_space_that_loses_what_edits_wrote():
+def test_a_space_is_held_by_its_smaller_side():
+    """A basis up to half of all directions, what is outside beyond; the projector is the same."""
+    vectors = torch.linalg.qr(_normal(30, 30, seed=9)).Q
+    for width in (0, 15, 16, 30):
+        space = _space(width)
+        held = space.closed_JM if space.basis_IJ is None else space.basis_IJ
+        assert held.shape == (30, min(width, 30 - width))
+        assert space.room == space.width == width
+        plain = vectors[:, :width] @ vectors[:, :width].T
+        assert (_projector(space) - plain).norm() < 1e-12
+        matrix = _normal(30, 30, seed=2)
+        matrix = matrix @ matrix.T
+        inside = space.compressed(matrix)
+        if space.basis_IJ is not None:
+            inside = space.basis_IJ @ inside @ space.basis_IJ.T
+        assert (inside - plain @ matrix @ plain).norm() < 1e-10
+
+
+@pytest.mark.parametrize("width", [15, 20])
+def test_a_space_that_loses_what_edits_wrote(width):
     """EvoEdit: P_t^2 = P_t, P_t K_t = 0, and five batches later W K_1 is what batch 1 made it."""
-    space, weight = _space(), _normal(OUT, 30, seed=1)
+    space, weight = _space(width), _normal(OUT, 30, seed=1)
     firsts, after_first = _normal(30, 3, seed=20), None
     for batch in range(5):
         keys = _normal(30, 3, seed=20 + batch)
         residual = _normal(OUT, 3, seed=40 + batch) - weight @ keys
-        inside, form = space.inside(keys), Form.even(0.3, space.width)
-        assert _close(space.basis_IJ @ inside, _projector(space) @ keys)
+        inside, form = space.inside(keys), Form.even(0.3, space.coordinates)
+        found = inside if space.basis_IJ is None else space.basis_IJ @ inside
+        assert _close(found, _projector(space) @ keys)
         change = update(residual, inside, form, slack=1.0, basis_IJ=space.basis_IJ)
         weight = weight + torch.matmul(*change)
         space = space.without(keys, 1e-6)
@@ -260,7 +279,7 @@ def test_a_space_that_loses_what_edits_wrote():
         assert space.inside(keys).norm() < 1e-10
         assert (projector @ keys).norm() < 1e-10
         assert (projector @ projector - projector).norm() < 1e-12
-        assert space.room == 20 - 3 * (batch + 1) == round(float(projector.trace()))
+        assert space.room == width - 3 * (batch + 1) == round(float(projector.trace()))
         after_first = weight @ firsts if after_first is None else after_first
     assert _close(weight @ firsts, after_first)
 
@@ -305,7 +324,7 @@ def test_keys_outside_the_space_cost_nothing():
     """What text keys reach is not in the space, so it takes no room."""
     space = _space()
     outside = _normal(30, 2, seed=1)
-    outside = outside - space.basis_IJ @ (space.basis_IJ.T @ outside)
+    outside = outside - _projector(space) @ outside
     assert space.without(outside, 1e-6).room == 20
 
 
@@ -316,7 +335,7 @@ def test_many_small_steps_keep_directions_orthonormal():
     keys[:, 100:] = keys[:, :100] + 1e-4 * keys[:, 100:]
     for number in range(200):
         space = space.without(keys[:, [number]], 1e-6)
-    gram = space.spent_JM.T @ space.spent_JM
+    gram = space.closed_JM.T @ space.closed_JM
     assert (gram - torch.eye(200, dtype=torch.float64)).abs().max() < 1e-12
     assert space.inside(keys).norm() < 1e-10
     assert space.room == 10
@@ -328,7 +347,7 @@ def test_a_space_without_room():
     for space in (full, _space(0)):
         assert space.room == 0
         inside = space.inside(_normal(30, 2, seed=2))
-        form = Form.even(0.3, space.width)
+        form = Form.even(0.3, space.coordinates)
         change = update(torch.ones(OUT, 2), inside, form, slack=1.0, basis_IJ=space.basis_IJ)
         assert torch.matmul(*change).norm() < 1e-12
         assert space.without(_normal(30, 2, seed=2), 1e-6).room == 0
@@ -449,9 +468,9 @@ def test_a_space_of_float32_vectors():
     whole = _space()
     stored = Space.below(torch.arange(30.0), torch.linalg.qr(_normal(30, 30, seed=9)).Q.float(), 20)
     keys = _normal(30, 3, seed=1).float()
-    changes = [
-        torch.matmul(*update(torch.ones(OUT, 3), space.inside(keys), Form.even(0.3, 20), slack=1,
-                             basis_IJ=space.basis_IJ))
-        for space in (whole, stored)
-    ]  # fmt: skip
+    changes = []
+    for space in (whole, stored):
+        form, inside = Form.even(0.3, space.coordinates), space.inside(keys)
+        change = update(torch.ones(OUT, 3), inside, form, slack=1, basis_IJ=space.basis_IJ)
+        changes.append(torch.matmul(*change))
     assert _close(changes[1], changes[0], 1e-5)

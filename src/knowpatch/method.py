@@ -32,9 +32,15 @@ Export = Literal["merged", "lora", "gguf", "context"]
 
 
 class MethodConfig(BaseModel):
-    """Options of a method. Every field has a default and a description."""
+    """Options of a method. Every field has a default and a description.
+
+    Attributes:
+        overruled: of options that say the same in two ways, the relative one to the absolute one: a
+            preset's absolute one gives way where the relative one is given.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    overruled: ClassVar[Mapping[str, str]] = {}
 
     chat: bool = Field(False, description="edit through the model's chat template")
     preset: str | None = Field(None, description="settings published for a model; see presets")
@@ -167,8 +173,11 @@ class EditMethod(ABC):
         if preset is not None and (not isinstance(preset, str) or preset not in cls.presets):
             hint = did_you_mean(str(preset), cls.presets)
             raise OptionError(f"unknown preset {preset!r} of {cls.name}: {hint}")
+        given_up = {cls.Config.overruled.get(name) for name in options}
+        published = cls.presets.get(preset or "", {})
+        settings = {name: value for name, value in published.items() if name not in given_up}
         try:
-            return cls.Config(**{**cls.presets.get(preset or "", {}), **options})
+            return cls.Config(**{**settings, **options})
         except ValidationError as error:
             fault = error.errors()[0]
             name = ".".join(str(part) for part in fault["loc"])

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from knowpatch.errors import EditError
-from knowpatch.parts.solve import Factors, Form, Space, update
+from knowpatch.parts.solve import Factors, Form, update
+from knowpatch.parts.space import Space
 
 
 class Keep(Protocol):

@@ -15,7 +15,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -137,17 +137,16 @@ class Located(EditMethod):
         return ValueSettings(**{name: getattr(self.config, name) for name in names}, dtype=dtype)
 
     def terms(
-        self, view: ModelView, requests: Sequence[EditRequest], tasks: Sequence[ValueTask]
+        self, view: ModelView, requests: Sequence[EditRequest], prepared: Any
     ) -> Sequence[Term] | None:
         """What more each fact's value is optimised for, if anything."""
         return None
 
     def values(
-        self, view: ModelView, requests: Sequence[EditRequest], tasks: Sequence[ValueTask]
+        self, view: ModelView, tasks: Sequence[ValueTask], terms: Sequence[Term] | None = None
     ) -> list[Value]:
         """The optimised values of facts."""
         modules, settings = self.value_modules(view), self.settings(view)
-        terms = self.terms(view, requests, tasks)
         return optimise(view, modules, tasks, settings, self.progress, terms)
 
     def read(
@@ -181,7 +180,7 @@ class Located(EditMethod):
         with contextlib.suppress(OSError, ValueError):
             return float(json.loads(path.read_text()))
         tasks = [self.task(view, request, ("",)) for request in pilots(ANCHORS)]
-        values = self.values(view, pilots(ANCHORS), tasks)
+        values = self.values(view, tasks)
         outputs = self._mlp_outputs(view, tasks)
         norms = [
             (output_D + value.delta_D.cpu().double()).norm()

@@ -1,4 +1,4 @@
-"""The null space of key statistics: directions in which keys over text have next to no energy.
+"""The null space of key statistics: the directions in which keys over text have least energy.
 
 Eigenvectors are found in float64 and kept on disk by the content of the matrix. Axes: I width of
 the map's input, J dimensions of the space.
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -18,7 +20,8 @@ from torch import Tensor
 from knowpatch.errors import EditError
 from knowpatch.files import kept_in, write_atomically
 from knowpatch.parts.keep import Null, for_gain
-from knowpatch.parts.solve import Form, Space, energies
+from knowpatch.parts.solve import Form, energies
+from knowpatch.parts.space import Space
 from knowpatch.parts.spread import SpreadConfig
 
 log = logging.getLogger(__name__)
@@ -26,6 +29,8 @@ log = logging.getLogger(__name__)
 
 class NullConfig(SpreadConfig):
     """Options of the methods that write into a null space."""
+
+    overruled: ClassVar[Mapping[str, str]] = {"gain": "weight", "null_share": "threshold"}
 
     null_share: float = Field(
         0.2, gt=0, lt=1, description="share of text's key energy that the null space may hold"
@@ -38,7 +43,7 @@ class NullConfig(SpreadConfig):
 def weighed_null(second_II: Tensor, pilots_IN: Tensor, config: NullConfig) -> Null:
     """The null space with the ridge that gives pilot keys (I, N) their gain: AlphaEdit's L2."""
     space = null_space(second_II, config)
-    even = Form.even(1.0, space.width)
+    even = Form.even(1.0, space.coordinates)
     found = for_gain(energies(space.inside(pilots_IN), even), config.gain)
     return Null(space, even.scaled(config.weight or found))
 

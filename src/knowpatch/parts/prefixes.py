@@ -54,6 +54,8 @@ def context_prefixes(
 
 
 def _sample(view: ModelView, count: int, length: int, *, seed: int) -> list[str]:
+    if not count:
+        return []
     rows = [view.encode(STARTS[i % len(STARTS)]).ids for i in range(count)]
     longest = max(len(row) for row in rows)
     sampled = Sampled.rows(TOP_K, count, seed=seed)

@@ -8,7 +8,9 @@ about, in every context,
     |s + r - o'| + |o' + i - s| - beta (|s + r - o| + |o + i - s|)
 
 small. Each vector is the mean of what enters the head at the tokens of a phrase; of them all only
-the state at the subject's last token depends on the value. Axes: C contexts, D hidden.
+the state at the subject's last token depends on the value. The subject is read where it stands in
+the prompt; the inverse relation, which is one of many pairs, without contexts. Axes: C contexts, D
+hidden.
 """
 
 from __future__ import annotations
@@ -43,6 +45,11 @@ class States:
     mean_MD: Tensor
     last_MD: Tensor
     count_M: Tensor
+
+    def split(self, count: int) -> list[States]:
+        """In groups of `count` phrases."""
+        parts = (self.mean_MD.split(count), self.last_MD.split(count), self.count_M.split(count))
+        return [States(*part) for part in zip(*parts, strict=True)]
 
     @property
     def rest_MD(self) -> Tensor:
@@ -80,9 +87,8 @@ class Relation:
         subject_CD = self.rest_CD + states_CD / self.count_C[:, None]
         apart = self._apart(subject_CD, self.new_CD)
         if self._factor is None:
-            self._factor = self.share * nll / apart.detach().clamp(min=1e-30)
-            if self.factor is not None:
-                self._factor = torch.full_like(nll, self.factor)
+            share = self.share * nll / apart.detach().clamp(min=1e-30)
+            self._factor = share if self.factor is None else torch.full_like(nll, self.factor)
         if self.old_CD is not None:
             apart = apart - self.beta * self._apart(subject_CD, self.old_CD)
         return self._factor * apart

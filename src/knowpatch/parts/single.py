@@ -188,7 +188,7 @@ class Single(Located):
         prepared: Prepared,
     ) -> list[Read]:
         """What the map does for each fact, on the model as edited so far, and what to add."""
-        values = self.values(view, requests, tasks)
+        values = self.values(view, tasks, self.terms(view, requests, prepared))
         deltas = self.anchored(view, requests, tasks, values, prepared.anchor)
         out = Tap(self.value_modules(view)[0], "output")
         facts = self.read(view, prepared.layer, tasks, [out])

@@ -24,8 +24,6 @@ from torch import Tensor
 
 from knowpatch.errors import EditError
 
-ROUNDING = 1e-12
-
 LEAST_COSINE = 0.05
 """Below this cosine between direction and key the update would be amplified beyond use."""
 
@@ -168,62 +166,6 @@ class Form:
         if self.root is not None:
             white_JN = torch.linalg.solve_triangular(self.root, white_JN, upper=False)
         return white_JN
-
-
-@dataclass(frozen=True, eq=False)
-class Space:
-    """The subspace that a change may read from: where keys over text have next to no energy.
-
-    Attributes:
-        basis_IJ: orthonormal columns.
-        spent_JM: orthonormal directions, in the basis, that are not to be used any more.
-    """
-
-    basis_IJ: Tensor
-    spent_JM: Tensor
-
-    @classmethod
-    def below(cls, values_I: Tensor, vectors_II: Tensor, largest: float) -> Space:
-        """The eigenvectors (columns) whose eigenvalue is below `largest`."""
-        basis_IJ = vectors_II[:, values_I < largest].double().contiguous()
-        return cls(basis_IJ, torch.zeros(basis_IJ.shape[1], 0, dtype=torch.float64))
-
-    @property
-    def width(self) -> int:
-        """J, dimensions of the basis."""
-        return self.basis_IJ.shape[1]
-
-    @property
-    def room(self) -> int:
-        """Dimensions that are left."""
-        return self.width - self.spent_JM.shape[1]
-
-    def inside(self, keys_IN: Tensor) -> Tensor:
-        """The part of keys that lies in the space, in its coordinates (J, N)."""
-        keys_JN = self.basis_IJ.T @ keys_IN.double()
-        for _ in range(2):  # once more, for what rounding left
-            keys_JN = keys_JN - self.spent_JM @ (self.spent_JM.T @ keys_JN)
-        return keys_JN
-
-    def without(self, keys_IN: Tensor, least: float) -> Space:
-        """The space without the directions of these keys (EvoEdit, arXiv 2510.13851).
-
-        Args:
-            keys_IN: to be out of reach of later changes.
-            least: directions that the keys reach less far than this share of the farthest stay;
-                the farthest is measured before what is spent is taken away.
-        """
-        keys_IN = keys_IN.double()
-        if not keys_IN.shape[1] or not self.width:
-            return self
-        # Beside what is spent already, and beside what lies outside, the rest may be all rounding.
-        whole = torch.linalg.matrix_norm(self.basis_IJ.T @ keys_IN, 2)
-        smallest = max(least * whole, ROUNDING * torch.linalg.matrix_norm(keys_IN, 2))
-        left_JN, sizes_N, _ = torch.linalg.svd(self.inside(keys_IN), full_matrices=False)
-        new_JN = left_JN[:, sizes_N > smallest]
-        new_JN = new_JN - self.spent_JM @ (self.spent_JM.T @ new_JN)
-        new_JN = torch.linalg.qr(new_JN).Q
-        return Space(self.basis_IJ, torch.cat([self.spent_JM, new_JN], dim=1))
 
 
 def update(

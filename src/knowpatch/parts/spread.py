@@ -42,6 +42,8 @@ PILOTS = 40
 class SpreadConfig(LocatedConfig):
     """Options of the methods that write into several layers."""
 
+    overruled: ClassVar[Mapping[str, str]] = {"gain": "weight"}
+
     layers: tuple[int, ...] | None = Field(
         None, min_length=1, description="blocks, [4,5,6] or 4-8; by default a share of the depth"
     )
@@ -235,7 +237,7 @@ class Spread(Located):
         prepared: Prepared,
     ) -> Tensor:
         """What `gap_module` should put out at each bare prompt (N, D)."""
-        values = self.values(view, requests, tasks)
+        values = self.values(view, tasks, self.terms(view, requests, prepared))
         deltas = self.anchored(view, requests, tasks, values, prepared.anchor)
         return torch.stack(deltas) + torch.stack(self.outputs(view, self.gap_module(view), tasks))
 

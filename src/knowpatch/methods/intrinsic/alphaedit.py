@@ -1,12 +1,12 @@
 """AlphaEdit: changes that cannot be read from keys that ordinary text has.
 
 Fang et al., "AlphaEdit: Null-Space Constrained Knowledge Editing" (arXiv 2410.02355). P projects
-onto the directions in which keys over text have next to no energy, and
+onto the directions in which keys over text have least energy, and
 
     delta W = R K^T P (K K^T P + Kp Kp^T P + L2 I)^-1
 
 with Kp the keys of earlier live edits. Solved in the coordinates of that subspace, where the system
-is symmetric and small. How much is "next to no energy" is a share of the trace here (null_share):
+is symmetric and small. How much of it they may have is a share of the trace here (null_share):
 the published threshold of 0.02 is in units of squared activation, and means another space on every
 model. A share is a trade: what lies inside is not protected, but in a small space many facts crowd,
 their changes grow, and more is lost than the space protects (benchmarks/README.md).

@@ -23,7 +23,8 @@ from knowpatch.models.view import ModelView
 from knowpatch.parts.keep import Null, for_gain
 from knowpatch.parts.nulls import NullConfig, null_space
 from knowpatch.parts.published import SPREAD, extended
-from knowpatch.parts.solve import Factors, Form, Space, energies, raised
+from knowpatch.parts.solve import Factors, Form, energies, raised
+from knowpatch.parts.space import Space
 from knowpatch.parts.spread import Spread
 
 
@@ -63,7 +64,7 @@ class Refreshed(Null):
         keys: tuple[Tensor, ...] = (),
     ) -> Refreshed:
         leak, ridge = weights
-        inside_JJ = space.basis_IJ.T @ second_II @ space.basis_IJ
+        inside_JJ = space.compressed(second_II)
         form = Form.of(raised(leak * inside_JJ, ridge))
         if keys:
             form = form.keeping(space.inside(torch.cat(keys, dim=1)))
@@ -108,7 +109,7 @@ class BetaEdit(Spread):
 
     def keep(self, second_II: Tensor, pilots_IN: Tensor) -> Refreshed:
         space = null_space(second_II, self.config)
-        inside_JJ = space.basis_IJ.T @ second_II @ space.basis_IJ
+        inside_JJ = space.compressed(second_II)
         most = float(inside_JJ.diagonal().max())
         leak = self.config.leak / most if most > 0 else 0.0  # text that leaves nothing inside
         unit = Refreshed.of(second_II, space, (leak, 1.0), self.config)

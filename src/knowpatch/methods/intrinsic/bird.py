@@ -10,30 +10,33 @@ a share of the first loss, whatever the model's scale.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
+from knowpatch.errors import RequestError
 from knowpatch.method import register
 from knowpatch.models.view import ModelView
 from knowpatch.parts.published import SINGLE, extended
 from knowpatch.parts.relation import Phrase, Relation, States, states_of
-from knowpatch.parts.single import Single, SingleConfig
-from knowpatch.parts.spans import subject_span
-from knowpatch.parts.tasks import ValueTask
+from knowpatch.parts.single import Prepared, Single, SingleConfig
 from knowpatch.parts.values import Term
 from knowpatch.request import EditRequest
 
 
 class BirdConfig(SingleConfig):
-    """Options of BIRD."""
+    """Options of BIRD. The relation is that of all facts of a call."""
+
+    overruled: ClassVar[Mapping[str, str]] = {"share": "factor"}
 
     forward: str | None = Field(
-        None, min_length=1, description="the relation ('has capital'); by default the prompt's rest"
+        None, description="the relation ('has capital'); by default what the prompt says besides"
     )
     reverse: str | None = Field(
-        None, min_length=1, description="the inverse relation in words ('is the capital of')"
+        None, description="the inverse relation in words ('is the capital of')"
     )
     pairs: tuple[tuple[str, str], ...] = Field(
         (), description="or examples of the relation: [[subject, object], ...], about ten"
@@ -44,6 +47,29 @@ class BirdConfig(SingleConfig):
     )
     beta: float = Field(1.0, ge=0, description="weight of being far from the old object, if given")
 
+    @field_validator("forward", "reverse", "pairs")
+    @classmethod
+    def _filled(cls, given: Any) -> Any:
+        texts = (
+            [given] if isinstance(given, str) else [text for pair in given or () for text in pair]
+        )
+        if not all(text.strip() for text in texts):
+            raise ValueError("there is nothing in it to read")
+        return given
+
+    @model_validator(mode="after")
+    def _one_inverse(self) -> Self:
+        if self.pairs and self.reverse is not None:
+            raise ValueError("reverse and pairs both say what leads back: give one of them")
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class Told(Prepared):
+    """What is prepared, and the inverse relation, if anything tells it."""
+
+    inverse_D: Tensor | None
+
 
 @register("bird")
 class Bird(Single):
@@ -51,40 +77,55 @@ class Bird(Single):
 
     name = "bird"
     paper = "Ma et al. 2023, arXiv 2310.10322"
-    summary = "rome, with the relation between subject and object, there and back, in the loss"
-    choose = "where the fact should be known from its object's side, too (the reversal curse)"
+    summary = "rome, with the relation between subject and object in the loss, there and back"
+    choose = "to have a fact known from its object, too (the reversal curse): give reverse or pairs"
     Config = BirdConfig
-    presets = extended(SINGLE, {name: {"factor": 2e-4} for name in SINGLE})
+    presets = extended(
+        SINGLE, {name: {"factor": 2e-4} for name in ("gpt2-xl", "gpt-j-6b", "llama-2-7b")}
+    )
 
-    def terms(
-        self, view: ModelView, requests: Sequence[EditRequest], tasks: Sequence[ValueTask]
-    ) -> list[Term]:
-        inverse_D = self._inverse(view)
-        contexts = self.contexts(view)
+    def check_requests(self, requests: Sequence[EditRequest]) -> None:
+        super().check_requests(requests)
+        for request in requests:
+            if not (self.config.forward or without_subject(request)):
+                raise RequestError(
+                    f"the prompt {request.prompt!r} says nothing besides its subject: give the "
+                    "option forward, the relation in words"
+                )
+
+    def prepare(self, view: ModelView) -> Told:
+        return Told(**vars(super().prepare(view)), inverse_D=self._inverse(view))
+
+    def terms(self, view: ModelView, requests: Sequence[EditRequest], prepared: Told) -> list[Term]:
+        groups = [self._phrases(request) for request in requests]
+        contexts = prepared.contexts
+        phrases = [
+            Phrase(words, context, part)
+            for group in groups
+            for words, part in group
+            for context in contexts
+        ]
+        states = iter(states_of(view, phrases, chat=self.config.chat).split(len(contexts)))
         return [
-            self._relation(view, request, contexts[: len(task.contexts)], inverse_D)
-            for request, task in zip(requests, tasks, strict=True)
+            self._relation([next(states) for _ in group], prepared.inverse_D) for group in groups
         ]
 
-    def _relation(
-        self,
-        view: ModelView,
-        request: EditRequest,
-        contexts: Sequence[str],
-        inverse_D: Tensor | None,
-    ) -> Relation:
-        def read(words: str, part: str | None = None) -> States:
-            phrases = [Phrase(words, context, part) for context in contexts]
-            return states_of(view, phrases, chat=self.config.chat)
+    def _phrases(self, request: EditRequest) -> list[tuple[str, str | None]]:
+        """Subject (as a part of the prompt), relation, new object and, if there is one, the old."""
+        objects = (request.target, request.old)
+        relation = self.config.forward or without_subject(request)
+        others = [(text, None) for text in (relation, *objects) if text is not None]
+        return [(request.prompt, request.subject), *others]
 
-        subject = read(request.prompt, request.subject)
+    def _relation(self, states: Sequence[States], inverse_D: Tensor | None) -> Relation:
+        subject, forward, new, *old = states
         return Relation(
             rest_CD=subject.rest_MD,
             count_C=subject.count_M,
-            forward_CD=read(self.config.forward or without_subject(request)).mean_MD,
-            new_CD=read(request.target).mean_MD,
+            forward_CD=forward.mean_MD,
+            new_CD=new.mean_MD,
             inverse_D=inverse_D,
-            old_CD=None if request.old is None else read(request.old).mean_MD,
+            old_CD=old[0].mean_MD if old else None,
             beta=self.config.beta,
             share=self.config.share,
             factor=self.config.factor,
@@ -94,18 +135,16 @@ class Bird(Single):
         """The inverse relation: from objects to subjects of the examples, or its words' states."""
         chat = self.config.chat
         if self.config.pairs:
-            subjects, objects = (
+            subjects_D, objects_D = (
                 states_of(view, [Phrase(name) for name in names], chat=chat).mean_MD.mean(0)
                 for names in zip(*self.config.pairs, strict=True)
             )
-            return subjects - objects
+            return subjects_D - objects_D
         if self.config.reverse is not None:
             return states_of(view, [Phrase(self.config.reverse)], chat=chat).mean_MD[0]
         return None
 
 
 def without_subject(request: EditRequest) -> str:
-    """What a prompt says of its subject, if it says anything."""
-    start, end = subject_span(request.prompt, request.subject or "")
-    rest = " ".join((request.prompt[:start] + request.prompt[end:]).split())
-    return rest or request.prompt
+    """What a prompt says besides its subject."""
+    return " ".join(request.prompt.replace(request.subject or "", " ").split())

@@ -8,7 +8,8 @@ square root of the layers left of the gap; the solve is MEMIT's.
 The published program measures the gap at the last MLP's output, which does not see what the lower
 layers have put into the residual stream: together they write three times the value, times the share
 that a solve writes, and how much of it differs from fact to fact. Measured in the stream (gap, the
-default) each layer corrects those below it.
+default; where a norm follows the map, at the map) each layer corrects those below it. Nor are
+values eased off here once the target leads (easing): a batch has to overcome its own facts.
 """
 
 from __future__ import annotations
