@@ -6,10 +6,10 @@ Adam on
 
     NLL(target) + kl_factor * KL(new || old at "{subject} is a") + decay * |delta| / |v0|^2
 
-and a term of the method's own, if it has one, within the ball |delta| <= clamp * |v0|. The model itself is never trained. Several tasks are one
-batch: their deltas are independent, their losses are summed, each stops by itself and leaves the
-batch. Several modules may be changed at once, each with a vector and a ball of its own (PMET, arXiv
-2308.08742). Passes are replayed (models/replay.py).
+and a term of the method's own, if it has one, within the ball |delta| <= clamp * |v0|. The model
+itself is never trained. Several tasks are one batch: their deltas are independent, their losses are
+summed, each stops by itself and leaves the batch. Several modules may be changed at once, each with
+a vector and a ball of its own (PMET, arXiv 2308.08742). Passes are replayed (models/replay.py).
 Axes: N tasks, S modules, D width of their outputs, B rows, M wanted places, V vocabulary.
 """
 
