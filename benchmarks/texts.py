@@ -7,8 +7,7 @@ One batch of facts is written by memit with statistics from each text (by defaul
 summaries, and self, text that the model has written) and each number of tokens. change: cosine of
 the change with that from the most tokens of the first text, all maps together. success, rephrase,
 locality: as in recipes.py, with a bootstrap 95 % interval; perplexity: of an ordinary text, over
-the base's. seconds: to collect the statistics of all maps, 0 where they were there already. The
-values are optimised once: no text enters into them. Rows are written as they are made; what is
+the base's. The values are optimised once: no text enters into them. Rows are written as they are made; what is
 there already is not made again.
 """
 
@@ -21,7 +20,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -51,11 +49,7 @@ class Texts:
         self.base = self.perplexity()
 
     def row(self, text: str, tokens: int) -> tuple[dict[str, Any], Patch]:
-        """Scores and seconds, and the patch itself."""
-        method = self.method(text, tokens)
-        start = perf_counter()
-        method.statistics(self.model.view, method.written(self.model.view))
-        seconds = perf_counter() - start
+        """Scores, and the patch itself."""
         patch = self.patch(text, tokens)
         found = [scores(self.model, record, patch) for record in self.records]
         with self.model.applied(patch):
@@ -64,7 +58,6 @@ class Texts:
         return {
             "text": text,
             "tokens": tokens,
-            "seconds": round(seconds, 1),
             "perplexity": round(perplexity, 4),
             **means,
         }, patch
@@ -136,12 +129,12 @@ def cosine(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
 
 def table(rows: Sequence[dict[str, Any]]) -> None:
     """As Markdown."""
-    print("| text | tokens | seconds | change | success | rephrase | locality | perplexity |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| text | tokens | change | success | rephrase | locality | perplexity |")
+    print("|---|---|---|---|---|---|---|")
     for row in rows:
         means = " | ".join(with_interval(np.array(row[name])) for name in SCORES)
         print(
-            f"| {row['text']} | {row['tokens']:,} | {row['seconds']} | {row['change']:.3f} "
+            f"| {row['text']} | {row['tokens']:,} | {row['change']:.3f} "
             f"| {means} | {row['perplexity']:.3f} |"
         )
 
