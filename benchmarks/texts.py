@@ -7,8 +7,8 @@ One batch of facts is written by memit with statistics from each text (by defaul
 summaries, and self, text that the model has written) and each number of tokens. change: cosine of
 the change with that from the most tokens of the first text, all maps together. success, rephrase,
 locality: as in recipes.py, with a bootstrap 95 % interval; perplexity: of an ordinary text, over
-the base's. The values are optimised once: no text enters into them. Rows are written as they are made; what is
-there already is not made again.
+the base's. The values are optimised once: no text enters into them. Rows are written as they are
+made; what is there already is not made again.
 """
 
 from __future__ import annotations
