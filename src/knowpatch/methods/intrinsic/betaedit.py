@@ -29,8 +29,11 @@ from knowpatch.parts.spread import Spread
 
 
 class BetaEditConfig(NullConfig):
-    """Options of BetaEdit."""
+    """Options of BetaEdit: what leaks is weighed, so the space may be wider than AlphaEdit's."""
 
+    null_share: float = Field(
+        0.3, gt=0, lt=1, description="share of text's key energy that the null space may hold"
+    )
     leak: float = Field(
         6.0, ge=0, description="l1 over l2, in the largest energy inside (published: 6)"
     )
