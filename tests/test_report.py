@@ -10,16 +10,19 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from matplotlib.image import imread
 
 from knowpatch.bench import report
+from knowpatch.bench.figures import Chart, Point, Series
 from knowpatch.bench.groups import groups_of, labels
 from knowpatch.bench.layout import plain_text
+from knowpatch.bench.pictures import picture
 from knowpatch.bench.report import write_report
 from knowpatch.bench.retention import Scored, half_life, non_increasing, retention
 from knowpatch.bench.schema import CellFacts, Row, ScoreRow, dump
-from knowpatch.bench.summary import summaries_of
+from knowpatch.bench.summary import Reading, _parts, summaries_of
 from knowpatch.errors import DataError, OptionError
-from knowpatch.metrics.metric import Metric, part_columns
+from knowpatch.metrics.metric import Metric, part_columns, total_columns
 
 NASTY = 'ValueError: </script><img src="http://x.example/a.png"> | `a` & $b$ *c*\u202e'
 
@@ -417,3 +420,25 @@ def test_a_sequential_cell_is_reported(tmp_path):
     names = {path.name for path in write_report(tmp_path, catalogue=CATALOGUE)}
     assert "retention-01.png" in names
     assert "## Retention" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_what_is_summed_up_has_no_sub_kinds():
+    """Log-likelihoods and numbers of tokens are summands, not kinds of question."""
+    values = {"nll": [3.0, 5.0], "tokens": [2.0, 2.0]}
+    assert _parts(Reading("ppl", columns=total_columns), values) is None
+    assert _parts(Reading("success"), values) == {"nll": 4.0, "tokens": 2.0}
+
+
+def test_a_legend_of_long_names_takes_several_lines():
+    """As many names side by side as the picture is wide for: none is cut off."""
+    point = Point("0", 50.0)
+
+    def drawn(names):
+        series = tuple(Series(name, (point,)) for name in names)
+        chart = Chart("one", "Title", "lines", "", "", series, ("0",))
+        return imread(io.BytesIO(picture(chart)), format="png")[:, :, :3]
+
+    for names in (["a", "b"], ["\u2588" * 40] * 4):
+        image = drawn(names)
+        assert (image[:, :3] == 1).all()  # nothing runs into the edges
+        assert (image[:, -3:] == 1).all()

@@ -16,6 +16,8 @@ MARKERS = "osD^vPX*"
 INCH, DOTS = 0.32, 110
 LETTERS = 12
 """Of a title, in an inch."""
+MARK = 8
+"""Letters that a legend's mark takes up."""
 
 
 def picture(figure: Figure) -> bytes:
@@ -34,7 +36,9 @@ def picture(figure: Figure) -> bytes:
     else:
         _chart(axes, figure)
         if len(figure.series) > 1:
-            canvas.legend(loc="outside lower center", ncols=6, fontsize=8, frameon=False)
+            longest = max(len(series.label) for series in figure.series)
+            ncols = min(6, max(1, int(LETTERS * size[0]) // (longest + MARK)))
+            canvas.legend(loc="outside lower center", ncols=ncols, fontsize=8, frameon=False)
     target = io.BytesIO()
     with warnings.catch_warnings():
         # A letter that the font lacks is a box in the picture; the tables have it.

@@ -106,7 +106,8 @@ def warnings_of(groups: Sequence[Group]) -> list[str]:
     ]
     failed = sum(len(cell.failures) for _, cell in cells)
     if failed:
-        found.append(f"{failed} rows have no scores because something failed: see Failures")
+        rows = "1 row has" if failed == 1 else f"{failed} rows have"
+        found.append(f"{rows} no scores because something failed: see Failures")
     return found
 
 

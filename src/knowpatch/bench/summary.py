@@ -26,7 +26,14 @@ from knowpatch.bench.statistics import (
     summary_of,
 )
 from knowpatch.errors import DataError
-from knowpatch.metrics.metric import Columns, Metric, Values, part_columns, value_columns
+from knowpatch.metrics.metric import (
+    Columns,
+    Metric,
+    Values,
+    part_columns,
+    total_columns,
+    value_columns,
+)
 
 Catalogue = Mapping[str, Metric]
 
@@ -224,7 +231,7 @@ def _metric(how: Reading, scores: list[ScoreRow | None], resamples: Resamples) -
     values = [score.after if score else None for score in scores]
     values_before = [score.before if score else None for score in scores]
     after, before = ([_columns(how, v) for v in side] for side in (values, values_before))
-    parts, parts_before = ([_parts(v) for v in side] for side in (values, values_before))
+    parts, parts_before = ([_parts(how, v) for v in side] for side in (values, values_before))
     shared = [bool(a and b) for a, b in zip(after, before, strict=True)]
     gained = [[r if ok else None for r, ok in zip(x, shared, strict=True)] for x in (after, before)]
     means = resamples.means(after, before, *gained, parts, parts_before)
@@ -245,8 +252,10 @@ def _columns(how: Reading, values: Values | None) -> Record | None:
     return how.columns(values) if values else None
 
 
-def _parts(values: Values | None) -> Record | None:
-    """The columns of sub-kinds; "" is no sub-kind."""
+def _parts(how: Reading, values: Values | None) -> Record | None:
+    """The columns of sub-kinds; "" is no sub-kind, and what is summed up has none."""
+    if how.columns is total_columns:
+        return None
     return {kind: mean for kind, mean in part_columns(values or {}).items() if kind} or None
 
 

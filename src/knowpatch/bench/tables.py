@@ -17,6 +17,8 @@ HEADLINE = (
     ("Portability", ("portability_tf",)),
     ("Locality", ("sentiment_kl", "retain_same_gen", "locality_tf")),
     ("Fluency", ("fluency_entropy_gen",)),
+    ("Rephrase", ("rephrase_tf",)),
+    ("Perplexity of other text", ("ordinary_ppl_tf",)),
 )
 SIGNIFICANT = 0.05
 
