@@ -212,8 +212,8 @@ class Spread(Located):
         state: Written | None,
     ) -> Patch:
         tasks = [self.task(view, request, prepared.contexts) for request in requests]
-        wanted_ND = self._wanted(view, requests, tasks, prepared)
-        return self._write(view, requests, tasks, wanted_ND, prepared, state)
+        deltas_ND = self._deltas(view, requests, tasks, prepared)
+        return self._write(view, requests, tasks, deltas_ND, prepared, state)
 
     def edit_each(
         self,
@@ -223,35 +223,35 @@ class Spread(Located):
         state: Written | None,
     ) -> list[Patch]:
         tasks = [self.task(view, request, prepared.contexts) for request in requests]
-        wanted_ND = self._wanted(view, requests, tasks, prepared)
+        deltas_ND = self._deltas(view, requests, tasks, prepared)
         return [
-            self._write(view, [request], [task], wanted_D[None], prepared, state)
-            for request, task, wanted_D in zip(requests, tasks, wanted_ND, strict=True)
+            self._write(view, [request], [task], delta_D[None], prepared, state)
+            for request, task, delta_D in zip(requests, tasks, deltas_ND, strict=True)
         ]
 
-    def _wanted(
+    def _deltas(
         self,
         view: ModelView,
         requests: Sequence[EditRequest],
         tasks: Sequence[ValueTask],
         prepared: Prepared,
     ) -> Tensor:
-        """What `gap_module` should put out at each bare prompt (N, D)."""
+        """By what `gap_module`'s output should move at each bare prompt (N, D)."""
         values = self.values(view, tasks, self.terms(view, requests, prepared))
-        deltas = self.anchored(view, requests, tasks, values, prepared.anchor)
-        return torch.stack(deltas) + torch.stack(self.outputs(view, self.gap_module(view), tasks))
+        return torch.stack(self.anchored(view, requests, tasks, values, prepared.anchor))
 
     def _write(
         self,
         view: ModelView,
         requests: Sequence[EditRequest],
         tasks: Sequence[ValueTask],
-        wanted_ND: Tensor,
+        deltas_ND: Tensor,
         prepared: Prepared,
         state: Written | None,
     ) -> Patch:
         keeps = self._keeps(requests, prepared, state)
         now = Tap(self.gap_module(view), "output")
+        wanted_ND: Tensor | None = None
         deltas: list[WeightDelta] = []
         traces: dict[str, Tensor] = {}
         for number, (layer, keep) in enumerate(keeps.items()):
@@ -259,7 +259,10 @@ class Spread(Located):
                 facts = self.read(view, layer, tasks, [now])
             # What is kept is what was solved with, to the last bit.
             keys_IN = self._keys(facts).float().double()
-            gap_ND = wanted_ND - torch.stack([fact.outputs[now][0] for fact in facts])
+            output_ND = torch.stack([fact.outputs[now][0] for fact in facts])
+            if wanted_ND is None:  # nothing is written yet
+                wanted_ND = output_ND + deltas_ND
+            gap_ND = wanted_ND - output_ND
             residuals_DN = self.share(len(keeps) - number) * gap_ND.T
             owner_N = torch.arange(len(facts)).repeat_interleave(keys_IN.shape[1] // len(facts))
             factors = keep.update(residuals_DN, keys_IN, owner_N)

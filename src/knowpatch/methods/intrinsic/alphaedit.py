@@ -9,7 +9,7 @@ with Kp the keys of earlier live edits. Solved in the coordinates of that subspa
 is symmetric and small. How much of it they may have is a share of the trace here (null_share):
 the published threshold of 0.02 is in units of squared activation, and means another space on every
 model. A share is a trade: what lies inside is not protected, but in a small space many facts crowd,
-their changes grow, and more is lost than the space protects (benchmarks/README.md).
+their changes grow, and more is lost than the space protects.
 """
 
 from __future__ import annotations

@@ -60,14 +60,18 @@ def perplexity(nll: float) -> float:
     return math.exp(min(nll, LARGEST))
 
 
-@metric(
+of_text = partial(
+    metric,
     protocol="teacher-forced",
-    about="perplexity of the targets' tokens, all records together",
     better="less",
     percent=False,
     columns=total_columns,
     combine=of_corpus,
 )
+"""A metric of log-likelihoods and numbers of tokens, summed up over records."""
+
+
+@of_text(about="perplexity of the targets' tokens, all records together")
 def perplexity_tf(case: Case, before: Asker, after: Asker) -> Result | None:
     old, new = (per_probe(case, REWRITE, partial(_first, model)) for model in (before, after))
     return (lambda: Score(_sums(new), _sums(old))) if new else None
@@ -102,14 +106,7 @@ def perplexity_tf_published(case: Case, before: Asker, after: Asker) -> Result |
     )
 
 
-@metric(
-    protocol="teacher-forced",
-    about="perplexity of an ordinary text that no edit is about",
-    better="less",
-    percent=False,
-    columns=total_columns,
-    combine=of_corpus,
-)
+@of_text(about="perplexity of an ordinary text that no edit is about")
 def ordinary_ppl_tf(case: Case, before: Asker, after: Asker) -> Result | None:
     if not (case.requests and case.probes):
         return None
