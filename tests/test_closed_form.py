@@ -180,6 +180,27 @@ def test_pmet_measures_what_is_missing_where_it_is_told(known, gap):
     assert (residuals_DN.T - missing_ND).norm() <= 1e-4 * missing_ND.norm()
 
 
+def test_pmet_without_attention_is_a_value_of_romes_kind(known, monkeypatch):
+    """One layer, no KL, attention's vector frozen at 0: it asks for exactly ROME's value."""
+    same = {"kl_factor": 0.0, "steps": 12, "clamp": 4.0, "enough": 0.03}
+    view, method = known().view, _method("pmet", layers=[1], gap="map", **same)
+    rome, idle = _method("rome", **{**same, "layer": 1}), Idle()
+    contexts = method.contexts(view)
+    prepared = Prepared(contexts, {1: idle}, None, {1: None})
+    method.edit(view, FACTS, prepared, None)
+    (with_attention_DN,) = idle.asked
+    mlp = (method.role(view, 1).module,)
+    monkeypatch.setattr(type(method), "value_modules", lambda self, view: mlp)
+    method.edit(view, FACTS, prepared, None)
+    residuals_DN = idle.asked[1]
+
+    tasks = [rome.task(view, request, contexts) for request in FACTS]
+    values = rome.values(view, tasks)
+    wanted_DN = torch.stack([value.delta_D.double() for value in values], dim=1)
+    assert (residuals_DN - wanted_DN).norm() <= 1e-6 * wanted_DN.norm()
+    assert (with_attention_DN - wanted_DN).norm() > 1e-2 * wanted_DN.norm()
+
+
 def test_the_state_is_that_of_the_live_patches(known):
     """One key a layer while a patch is live, added to its form; none later or with memory=false."""
     model, method = known(), _method("memit")
