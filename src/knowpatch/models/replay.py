@@ -11,25 +11,24 @@ places, V vocabulary.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from knowpatch.models.batch import Batch, Place
 from knowpatch.models.hooks import (
     Hook,
-    Reached,
     choosing,
     registered,
     seeing_nothing,
     shifting,
     tapping,
 )
+from knowpatch.models.known import Known, output_of
 from knowpatch.models.passes import Row, Shift, Tap
 from knowpatch.models.past import read_shared
 from knowpatch.models.twin import twin
@@ -147,25 +146,12 @@ class Replay:
         self._known = self._skip_below(view, min(map(view.roles.block_of, modules)))
         self._modules = modules
 
-    def _skip_below(self, view: ModelView, block: int) -> _Known | None:
+    def _skip_below(self, view: ModelView, block: int) -> Known | None:
         """Run once what is below `block`, and put what it gives in its place."""
         if block == 0:
             return None
-        kept: list[Any] = []
-
-        def keep(module: nn.Module, args: Any, output: Any) -> None:
-            kept.append(output)
-            raise Reached
-
-        below = self._twin.get_submodule(view.roles.blocks[block - 1].module)
-        hooks = [*self._beside(self._lasts), lambda: below.register_forward_hook(keep)]
-        with registered(hooks), torch.no_grad(), contextlib.suppress(Reached):
-            self._forward()
-        known = _Known(kept[0])
-        blocks = self._twin.get_submodule(view.roles.stack)
-        for number in range(block):
-            blocks[number] = known
-        return known
+        below = [self._twin.get_submodule(part.module) for part in view.roles.blocks[:block]]
+        return Known(below, output_of(below[-1], self._forward, self._beside(self._lasts)))
 
     def _beside(self, lasts: Sequence[int] | None) -> list[Hook]:
         """What this context carries beside the model, on the twin."""
@@ -196,23 +182,6 @@ class Replay:
         self._piece = self._piece.pick(rows)
         if self._known is not None:
             self._known.pick(rows, self._piece.ids_BT.shape[1])
-
-
-class _Known(nn.Module):
-    """Stands for blocks whose output (B, T, D) is known."""
-
-    def __init__(self, output: Any) -> None:
-        super().__init__()
-        self.output = output
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.output
-
-    def pick(self, rows: Sequence[int], columns: int) -> None:
-        if isinstance(self.output, tuple):
-            self.output = (self.output[0][list(rows), :columns], *self.output[1:])
-        else:
-            self.output = self.output[list(rows), :columns]
 
 
 def _shifts(modules: Sequence[str], places: Sequence[Place], shift_BSD: Tensor) -> list[Shift]:
