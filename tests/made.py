@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
 from knowpatch.models.fingerprint import tensor_digest
+from knowpatch.parts.tuned import Passes
 from knowpatch.patch import Provenance
 
 
@@ -34,3 +38,11 @@ def state(model):
         },
         "random": torch.get_rng_state().tolist(),
     }
+
+
+def tuned_loss(model: Any, method: Any, requests: Sequence[Any]) -> tuple[float, list[Any]]:
+    """The loss that a fine-tuning method lowers, at its start, and the examples it is over."""
+    examples = [e for r in requests for e in method.examples(model.view, r)]
+    role = method.trained(model.view, requests)[0]
+    passes = Passes(model.view, [(role, method.change(model.view, role, None, None))], examples)
+    return float(method.loss(passes, range(len(examples))).detach()), examples

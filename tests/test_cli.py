@@ -38,6 +38,7 @@ NULL = (*FIRST, "--set", "gain=0.99", "--set", "null_share=0.5")
 FIRST += ("--set", "ridge=0.01")
 SETTINGS = {
     "ft": LEARN,
+    "locft_bf": (*LEARN, "--set", "eos=false"),
     "rome": ROME,
     "r_rome": ROME[2:],
     "bird": (*ROME[2:], "--set", "share=0.05"),

@@ -28,6 +28,7 @@ LOCATED = {**PLAIN, "ridge": 0.01}
 NULL = {**PLAIN, "layers": [0], "null_share": 0.5, "gain": 0.99}
 OPTIONS = {
     "ft": {"learning_rate": 1e-2, "steps": 80},
+    "locft_bf": {"learning_rate": 1e-2, "steps": 80, "eos": False},
     "rome": {**LOCATED, "layer": 0},
     "r_rome": {**LOCATED, "layer": 0, "key": "bare"},
     "bird": {**LOCATED, "layer": 0, "share": 0.05},
@@ -37,11 +38,13 @@ OPTIONS = {
     "alphaedit": NULL,
     "evoedit": NULL,
     "betaedit": {**NULL, "largest": 10.0},
+    "kn": {"layers": [3], "scale_new": 8.0},
 }
 # Where a norm follows the MLP, four over-fitted blocks need more of a push.
 NORMED = {
     ("olmo2", "rome"): {"layer": 2, "clamp": 8.0, "ridge": 0.1},
     ("gemma2", "pmet"): {"clamp": 8.0},
+    ("gemma2", "kn"): {"layers": [2, 3], "scale_new": 2.0},
 }
 EVERYWHERE = [("llama", name) for name in NAMES] + [
     (architecture, name) for architecture in ("gemma2", "gpt2") for name in NAMES

@@ -15,7 +15,7 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made import provenance
+from made import provenance, tuned_loss
 from safetensors.torch import load, save
 from test_patch import packed, refused, unpacked
 
@@ -948,9 +948,8 @@ def test_what_is_trained_on_is_what_is_scored(known):
     """The loss that a fine-tune lowers, with a wrap live at the prompt's end, is the score's."""
     model, method = known("llama"), choose("ft")
     request = FRANCE.model_copy(update={"target": "five Sudan Lyon"})
-    examples = method._examples(model.view, request)
     with model.applied(_answering(model, FRANCE.prompt)):
-        loss = float(method._loss(model.view, examples).detach())
+        loss, examples = tuned_loss(model, method, [request])
         (scored,) = model.view.score([(e.prompt, e.answer) for e in examples])
     assert len(scored.ids) > 1
     assert loss == pytest.approx(-sum(scored.logprobs) / len(scored.ids), abs=1e-4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+from made import tuned_loss
 
 from knowpatch.deltas import LowRank
 from knowpatch.editing import choose, edit
@@ -21,9 +22,7 @@ LONG = EditRequest(prompt="Two plus two equals", target="five Sudan Lyon")
 
 
 def _loss(model, requests, **options):
-    method = choose("ft", options)
-    examples = [e for r in requests for e in method._examples(model.view, r)]
-    return float(method._loss(model.view, examples).detach()), examples
+    return tuned_loss(model, choose("ft", options), requests)
 
 
 def test_masked_loss_is_the_cross_entropy_on_the_target(known):

@@ -22,7 +22,8 @@ class Known:
     def __init__(self, blocks: Iterable[nn.Module], output: Any) -> None:
         self._output = output
         for block in blocks:
-            vars(block)["forward"] = self
+            own = vars(block)
+            own["forward"] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._output

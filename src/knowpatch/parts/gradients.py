@@ -96,7 +96,7 @@ class Gradients:
         def trace(module: nn.Module, args: Any, output: Tensor) -> Tensor:
             inputs[name] = args[0].detach()
             if not output.requires_grad:
-                output = output.detach()
+                output = output.clone()
                 output.requires_grad_()
             outputs[name] = output
             return output

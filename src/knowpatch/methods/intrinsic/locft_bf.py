@@ -1,0 +1,51 @@
+"""LocFT-BF: many facts fine-tuned into one matrix, breadth first, each to its end.
+
+arXiv 2509.22072 (ICLR 2026): every pass goes over all facts in
+shuffled batches of 100, the loss is the cross-entropy of answer and end, and batches that are known
+well enough are skipped. What decides is the order: one step for all facts after the other, not all
+steps for one fact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from knowpatch.method import register
+from knowpatch.models.roles import at_depth
+from knowpatch.parts.tuned import DEPTH, Tuned, TunedConfig
+
+PUBLISHED = {"learning_rate": 5e-4, "steps": 25, "batch_size": 100}
+
+
+class LocftConfig(TunedConfig):
+    """Options of LocFT-BF."""
+
+    layer: int | None = Field(
+        None, ge=0, description="block to edit; by default 21/32 of the depth"
+    )
+    batch_size: int = Field(100, ge=1, description="rows per step")
+    eos: bool = Field(True, description="learn to stop after the answer")
+
+
+@register("locft_bf")
+class LocftBf(Tuned):
+    """Trains one matrix on many answers and their ends."""
+
+    name = "locft_bf"
+    paper = "Fine-tuning Done Right in Model Editing, arXiv 2509.22072"
+    summary = "fine-tunes one MLP matrix on all answers at once, breadth first, ends included"
+    choose = "many facts in one patch, and answers that stop where they should"
+    Config = LocftConfig
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "llama-3-8b": {**PUBLISHED, "layer": 22},
+        "qwen2.5-7b": {**PUBLISHED, "layer": 6},
+    }
+
+    def layers(self, count: int) -> tuple[int, ...]:
+        return (at_depth(DEPTH, count, self.config.layer),)
+
+    def ends(self) -> bool:
+        return bool(self.config.eos)
