@@ -38,6 +38,8 @@ NULL = (*FIRST, "--set", "gain=0.99", "--set", "null_share=0.5")
 FIRST += ("--set", "ridge=0.01")
 SETTINGS = {
     "ft": LEARN,
+    "crispedit": (*LEARN, "--set", "eos=false", "--set", "tokens=400", "--set", "layers=1-2"),
+    "dinm": (*LEARN, "--set", "eos=false", "--set", "benign=2", "--set", "weight=1"),
     "locft_bf": (*LEARN, "--set", "eos=false"),
     "rome": ROME,
     "r_rome": ROME[2:],
@@ -48,6 +50,15 @@ SETTINGS = {
     "alphaedit": NULL,
     "evoedit": NULL,
     "betaedit": (*NULL, "--set", "largest=10"),
+    "anyedit": (
+        *("--set", "layers=0", "--set", "clamp=8", "--set", "tokens=1000"),
+        *("--set", "ridge=0.01", "--set", "gain=0.999"),
+    ),
+    "unke": (
+        *("--set", "layer=0", "--set", "clamp=8", "--set", "samples=2"),
+        *("--set", "block_steps=60", "--set", "block_rate=0.005"),
+    ),
+    "kn": ("--set", "layers=3", "--set", "scale_new=8"),
 }
 """What a method needs to edit so small a model; one that is not named here needs nothing."""
 

@@ -29,6 +29,14 @@ NULL = {**PLAIN, "layers": [0], "null_share": 0.5, "gain": 0.99}
 OPTIONS = {
     "ft": {"learning_rate": 1e-2, "steps": 80},
     "locft_bf": {"learning_rate": 1e-2, "steps": 80, "eos": False},
+    "dinm": {"learning_rate": 1e-2, "steps": 80, "eos": False, "benign": 2, "text": "self"},
+    "crispedit": {
+        "learning_rate": 1e-2,
+        "steps": 80,
+        "eos": False,
+        "tokens": 500,
+        "layers": [1, 2],
+    },
     "rome": {**LOCATED, "layer": 0},
     "r_rome": {**LOCATED, "layer": 0, "key": "bare"},
     "bird": {**LOCATED, "layer": 0, "share": 0.05},
@@ -38,6 +46,8 @@ OPTIONS = {
     "alphaedit": NULL,
     "evoedit": NULL,
     "betaedit": {**NULL, "largest": 10.0},
+    "anyedit": {"layers": [0], "clamp": 8.0, "tokens": 1000, "ridge": 0.01, "gain": 0.999},
+    "unke": {"layer": 0, "clamp": 8.0, "samples": 2, "block_steps": 60, "block_rate": 5e-3},
     "kn": {"layers": [3], "scale_new": 8.0},
 }
 # Where a norm follows the MLP, four over-fitted blocks need more of a push.

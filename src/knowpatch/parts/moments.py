@@ -1,15 +1,18 @@
 """Second moments of what enters linear maps, over ordinary text: C = mean of k k^T.
 
-Every token of the text counts once, padding never. One pass gives the moments of several maps; it
-ends at the last of them. Products are float32 and over one batch, sums float64; two collections add
-up to the collection over both texts. Kept on disk by content: the model, the map, the text and how
-much of it. They are those of the model as it came, whatever patches are live on it.
+And, where asked for, of the gradients of the text's loss at what leaves them: the other Kronecker
+factor of the Fisher information (parts/curvature.py). Every token of the text counts once, padding
+never. One pass gives the moments of several maps; it ends at the last of them or, for gradients,
+goes up to the loss and back. Products are float32 and over one batch, sums float64; two collections
+add up to the collection over both texts. Kept on disk by content: the model, the map, the text and
+how much of it. They are those of the model as it came, whatever patches are live on it.
 Axes: N tokens, I width of a map's input.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -29,6 +32,7 @@ from knowpatch.models.load import device_for, fast_dtype
 from knowpatch.models.passes import Tap
 from knowpatch.models.twin import twin
 from knowpatch.models.view import ModelView
+from knowpatch.parts.gradients import Gradients
 from knowpatch.parts.text import ROW_TOKENS, find_text, packed_rows
 from knowpatch.progress import Progress, silent
 
@@ -63,6 +67,7 @@ def collect(
     dtype: torch.dtype | None = None,
     partial: Path | None = None,
     progress: Progress = silent,
+    gradients: bool = False,
 ) -> list[Moments]:
     """The moments of what each tap sees over `rows`, from one pass that ends at the last tap.
 
@@ -74,15 +79,24 @@ def collect(
         partial: a file for what there is so far, written every SAVE_SECONDS: a collection that was
             killed goes on from it, to the same bytes. It is gone afterwards.
         progress: told how many rows are done.
+        gradients: of the loss (nats, summed over tokens) at what leaves each tap's module, instead
+            of what the tap sees. A row's last token predicts nothing, and does not count.
     """
     ordered = sorted(rows, key=len, reverse=True)  # rows of one length need no padding
-    name = _digest(view.fingerprint, [(t.module, t.side) for t in taps], ordered, str(dtype))
+    name = _digest(
+        view.fingerprint, [(t.module, t.side) for t in taps], ordered, str(dtype), gradients
+    )
     sums = _Sums() if partial is None else _Sums.read(partial, name)
-    model = twin(view.model, attention=None, weight=_as_it_came(view, taps, dtype))
+    if gradients:
+        backward = Gradients(view, [tap.module for tap in taps], dtype=dtype)
+        add = functools.partial(_differentiate, backward, taps)
+    else:
+        model = twin(view.model, attention=None, weight=_as_it_came(view, taps, dtype))
+        add = functools.partial(_pass, view, model, taps)
     saved, pause = monotonic(), SAVE_SECONDS
     for start in range(sums.done, len(ordered), BATCH_ROWS):
         progress(STAGE, start, len(ordered))
-        _pass(view, model, taps, ordered[start : start + BATCH_ROWS], sums)
+        add(ordered[start : start + BATCH_ROWS], sums)
         if partial is not None and monotonic() - saved >= pause:
             begun = monotonic()
             write_atomically(partial, sums.written(name))
@@ -103,6 +117,7 @@ def key_moments(
     tokens: int,
     seed: int,
     progress: Progress = silent,
+    gradients: bool = False,
 ) -> dict[int, Moments]:
     """The moments of what enters `role` of each of the blocks `layers`, over `tokens` tokens.
 
@@ -112,14 +127,13 @@ def key_moments(
     Args:
         text: where the text comes from, as `find_text` takes it.
         seed: of the order in which texts are taken.
+        gradients: those of the loss at what leaves the maps, instead of what enters them.
 
     Raises:
         ModelError: a block lacks the role; InputError: the text cannot be read.
     """
-    paths = {
-        layer: kept_at(view.fingerprint, role, layer, text=text, tokens=tokens, seed=seed)
-        for layer in sorted(layers)
-    }
+    asked: dict[str, Any] = {"text": text, "tokens": tokens, "seed": seed, "gradients": gradients}
+    paths = {layer: kept_at(view.fingerprint, role, layer, **asked) for layer in sorted(layers)}
     read = {layer: _read(path) for layer, path in paths.items()}
     found = {layer: moments for layer, moments in read.items() if moments is not None}
     missing = [layer for layer in paths if layer not in found]
@@ -129,7 +143,9 @@ def key_moments(
     rows = packed_rows(view, find_text(text), tokens, seed=seed, progress=progress)
     partial = kept_in("moments", json.dumps([paths[n].name for n in missing]), ".partial")
     dtype = fast_dtype(view.device)
-    made = collect(view, taps, rows, dtype=dtype, partial=partial, progress=progress)
+    made = collect(
+        view, taps, rows, dtype=dtype, partial=partial, progress=progress, gradients=gradients
+    )
     for layer, moments in zip(missing, made, strict=True):
         content = {"sum": moments.sum_II, "count": torch.tensor(moments.count)}
         write_atomically(paths[layer], save(content))
@@ -138,7 +154,14 @@ def key_moments(
 
 
 def kept_at(
-    fingerprint: str, role: str, layer: int, *, text: str | None, tokens: int, seed: int
+    fingerprint: str,
+    role: str,
+    layer: int,
+    *,
+    text: str | None,
+    tokens: int,
+    seed: int,
+    gradients: bool = False,
 ) -> Path:
     """The file that the moments of one map are kept in; no model is needed to know it.
 
@@ -148,7 +171,8 @@ def kept_at(
     source = find_text(text)
     # Of the device that a model is loaded to by default: which it will be is not known before.
     dtype = str(fast_dtype(device_for("auto")))
-    what = (fingerprint, role, layer, source.name, source.digest, tokens, seed)
+    side = ("gradients",) if gradients else ()
+    what = (fingerprint, role, layer, source.name, source.digest, tokens, seed, *side)
     content = json.dumps([VERSION, *what, ROW_TOKENS, dtype])
     return kept_in("moments", content, ".safetensors")
 
@@ -231,6 +255,20 @@ def _pass(
         model(**batch.inputs(), use_cache=False)
     sums.done += len(rows)
     sums.count += sum(len(row) for row in rows)
+
+
+def _differentiate(
+    gradients: Gradients, taps: Sequence[Tap], rows: Sequence[Sequence[int]], sums: _Sums
+) -> None:
+    """Add the gradients at each tap's module over `rows`, whose own tokens are the labels."""
+    places = [(row, at) for row, ids in enumerate(rows) for at in range(len(ids) - 1)]
+    if places:
+        labels = [rows[row][at + 1] for row, at in places]
+        _, found = gradients.of(rows, places, labels, [1.0] * len(places))
+        for number, tap in enumerate(taps):
+            sums.add(number, found[tap.module].gradients_MO)
+    sums.done += len(rows)
+    sums.count += len(places)
 
 
 def _seeing(module: nn.Module, side: str, number: int, see: Callable[[int, Any], None]) -> Hook:

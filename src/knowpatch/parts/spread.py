@@ -9,19 +9,19 @@ Axes: N facts, D hidden, I inner size of the MLP.
 
 from __future__ import annotations
 
-import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 
 from knowpatch.deltas import WeightDelta
 from knowpatch.models.passes import Shift, Tap
 from knowpatch.models.view import ModelView
+from knowpatch.parts.depths import Layers, between
 from knowpatch.parts.facts import Fact
 from knowpatch.parts.keep import Keep, Ridge, for_gain
 from knowpatch.parts.located import Located, LocatedConfig, traced
@@ -44,8 +44,8 @@ class SpreadConfig(LocatedConfig):
 
     overruled: ClassVar[Mapping[str, str]] = {"gain": "weight"}
 
-    layers: tuple[int, ...] | None = Field(
-        None, min_length=1, description="blocks, [4,5,6] or 4-8; by default a share of the depth"
+    layers: Layers | None = Field(
+        None, description="blocks, [4,5,6] or 4-8; by default a share of the depth"
     )
     key: Literal["grouped", "both"] = Field(
         "grouped", description="a fact's key: bare and other contexts averaged, or both of them"
@@ -58,26 +58,6 @@ class SpreadConfig(LocatedConfig):
         None, gt=0, description="of what to leave alone, itself (lambda, L2); by default from gain"
     )
     clamp: float = Field(2.0, gt=0, description="how far the value may move, in its own length")
-
-    @field_validator("layers", mode="before")
-    @classmethod
-    def _from_text(cls, given: Any) -> Any:
-        """4-8 and 4 as well as a list."""
-        if isinstance(given, int) and not isinstance(given, bool):
-            return (given,)
-        if span := re.fullmatch(r"\s*(\d{1,4})\s*-\s*(\d{1,4})\s*", str(given)):
-            first, last = map(int, span.groups())
-            if first > last:
-                raise ValueError("blocks are given from low to high")
-            return tuple(range(first, last + 1))
-        return given
-
-    @field_validator("layers")
-    @classmethod
-    def _rising(cls, layers: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        if layers is not None and (min(layers) < 0 or sorted(set(layers)) != list(layers)):
-            raise ValueError("blocks are counted from 0 and given from low to high, each once")
-        return layers
 
 
 class WeighedConfig(SpreadConfig):
@@ -148,8 +128,7 @@ class Spread(Located):
     def layers(self, count: int) -> tuple[int, ...]:
         if self.config.layers is not None:
             return tuple(self.config.layers)
-        first, last = (min(count - 1, round(share * count)) for share in self.depths)
-        return tuple(range(first, last + 1))
+        return between(self.depths, count)
 
     def written(self, view: ModelView) -> tuple[int, ...]:
         """The layers of this model that are written to.
@@ -187,7 +166,7 @@ class Spread(Located):
         requests = patch.provenance.requests
         for number, request in enumerate(requests):
             keys = {
-                layer: trace.reshape(len(requests), -1, trace.shape[1])[number].T
+                layer: trace[owners(patch, len(trace)) == number].T
                 for layer in prepared.keeps
                 if self.config.memory and (trace := patch.traces.get(f"keys.{layer}")) is not None
             }
@@ -257,6 +236,7 @@ class Spread(Located):
         for number, (layer, keep) in enumerate(keeps.items()):
             with view.trying(deltas):
                 facts = self.read(view, layer, tasks, [now])
+                keep = self.besides(view, layer, tasks, keep)
             # What is kept is what was solved with, to the last bit.
             keys_IN = self._keys(facts).float().double()
             output_ND = torch.stack([fact.outputs[now][0] for fact in facts])
@@ -275,6 +255,10 @@ class Spread(Located):
             if self.config.memory:
                 traces[f"keys.{layer}"] = keys_IN.T.float().contiguous()
         return self.patch(view, requests, deltas=deltas, traces=traces)
+
+    def besides(self, view: ModelView, layer: int, tasks: Sequence[ValueTask], keep: Keep) -> Keep:
+        """What to leave alone in a layer besides, on the model as changed so far."""
+        return keep
 
     def check_change(self, view: ModelView, layer: int, factors: Factors, facts: int) -> None:
         """Refuse a change of a layer that no edit should make."""
@@ -299,6 +283,13 @@ class Spread(Located):
             return torch.stack([fact.grouped_I for fact in facts], dim=1)
         keys = [key for fact in facts for key in fact.both()]
         return torch.stack(keys, dim=1)
+
+
+def owners(patch: Patch, keys: int) -> Tensor:
+    """Which request each key of a patch is of: as it says, else each of as many."""
+    count = len(patch.provenance.requests)
+    even_N = torch.arange(count).repeat_interleave(keys // count)
+    return patch.traces.get("owners", even_N)
 
 
 def adds(view: ModelView, module: str, layer: int) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -114,7 +114,8 @@ class Passes:
     Args:
         view: the model.
         maps: the trained matrices, with their changes.
-        examples: what is read.
+        examples: what is learned.
+        besides: what is read besides, numbered after them.
         dtype: of the passes; None for the model's own.
     """
 
@@ -123,33 +124,45 @@ class Passes:
         view: ModelView,
         maps: Sequence[tuple[LinearRole, Change]],
         examples: Sequence[Example],
+        besides: Sequence[Example] = (),
         *,
         dtype: torch.dtype | None = None,
     ) -> None:
-        self.examples = list(examples)
+        self.examples, self.learned = [*examples, *besides], len(examples)
+        self._plain: dict[tuple[int, ...], Tensor] = {}
         self._maps = maps
         self._bases = {
             role.address.parameter: view.values(role.address.parameter).float() for role, _ in maps
         }
         self._device = view.device
         lowest = min(view.roles.block_of(role.module) for role, _ in maps)
-        rows, prompts = [e.row for e in examples], [len(e.prompt) for e in examples]
+        rows, prompts = [e.row for e in self.examples], [len(e.prompt) for e in self.examples]
         self._above = Above(view, lowest, rows, prompts=prompts, dtype=dtype)
 
-    def logits(self, numbers: Sequence[int], *, forced: bool = True, plain: bool = False) -> Tensor:
+    def logits(self, numbers: Sequence[int], *, forced: bool = True) -> Tensor:
         """Logits (M, V) where the answers of these examples are predicted, one after another.
 
         Args:
             numbers: of the examples.
             forced: each token behind those before it; else all at the prompt's last token.
-            plain: without the changes.
         """
+        return self._logits(numbers, self._weights(), forced=forced)
+
+    def untouched(self, numbers: Sequence[int]) -> Tensor:
+        """As `logits` without the changes, and without a graph; computed once."""
+        key = tuple(numbers)
+        if key not in self._plain:
+            self._plain[key] = self._logits(numbers, {}, forced=True).detach()
+        return self._plain[key]
+
+    def _logits(
+        self, numbers: Sequence[int], weights: Mapping[str, Tensor], *, forced: bool
+    ) -> Tensor:
         places = [
             (row, len(self.examples[number].prompt) - 1 + (i if forced else 0))
             for row, number in enumerate(numbers)
             for i in range(len(self.examples[number].answer))
         ]
-        weights = {} if plain else self._weights()
         return self._above.run(numbers, weights=weights, logits_at=places).logits_MV
 
     def logprobs(self, numbers: Sequence[int], *, forced: bool = True) -> Tensor:
@@ -216,12 +229,23 @@ class Tuned(EditMethod):
         roles = self.trained(view, requests)
         maps = [(role, self.change(view, role, prepared, state)) for role in roles]
         dtype = fast_dtype(view.device) if self.config.precision == "auto" else None
-        self.train([change for _, change in maps], Passes(view, maps, examples, dtype=dtype))
+        passes = Passes(view, maps, examples, self.besides(view), dtype=dtype)
+        self.train([change for _, change in maps], passes)
         deltas = [
             self.delta(view, role.address, Dense(change.value().detach().cpu().contiguous()))
             for role, change in maps
         ]
-        return self.patch(view, requests, deltas=deltas)
+        return self.patch(view, requests, deltas=deltas, traces=self.traces(view, passes, roles))
+
+    def besides(self, view: ModelView) -> list[Example]:
+        """What is read besides what is learned."""
+        return []
+
+    def traces(
+        self, view: ModelView, passes: Passes, roles: Sequence[LinearRole]
+    ) -> dict[str, Tensor]:
+        """What later edits have to know of this one."""
+        return {}
 
     def train(self, changes: Sequence[Change], passes: Passes) -> None:
         """Adam on the changes until the mean loss over the examples is small enough."""
@@ -229,7 +253,7 @@ class Tuned(EditMethod):
         leaves = [change.leaf for change in changes]
         adam = torch.optim.AdamW(leaves, lr=config.learning_rate, weight_decay=config.weight_decay)
         order = random.Random(self.seed)
-        everything = range(len(passes.examples))
+        everything = range(passes.learned)
         for step in range(config.steps):
             self.progress("fine-tuning", step, config.steps)
             shuffled = order.sample(everything, len(everything))
