@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from knowpatch.bench.schema import Mode
+from knowpatch.data.general import MOST
 from knowpatch.errors import OptionError, did_you_mean
 
 Options = dict[str, Any]
@@ -36,6 +37,9 @@ class Plan(BaseModel):
         limit: cases of each dataset; by default all.
         probes: most questions of each kind and case, chosen by their hash; by default all.
         metrics: names of metrics or groups; by default the standard ones.
+        general: file of general questions, for metrics that ask them; by default the one below the
+            data folder.
+        questions: most general questions, from the beginning.
         seed: of the edits.
         chat: edit and ask through the chat template.
         ages: numbers of edits after which a sequential run is scored, besides its end; 0: each
@@ -55,6 +59,8 @@ class Plan(BaseModel):
     limit: int | None = Field(None, ge=1)
     probes: int | None = Field(None, ge=1)
     metrics: tuple[str, ...] | None = Field(None, min_length=1)
+    general: Path | None = None
+    questions: int = Field(MOST, ge=1)
     seed: int = 0
     chat: bool = False
     ages: tuple[int, ...] = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
@@ -92,8 +98,9 @@ class Plan(BaseModel):
     def absolute(self) -> Plan:
         """This plan with paths that hold wherever it is kept."""
         files = [str(Path(n).absolute()) if Path(n).is_file() else n for n in self.datasets]
-        data = self.data and self.data.absolute()
-        return self.model_copy(update={"datasets": tuple(files), "data": data})
+        data, general = (path and path.absolute() for path in (self.data, self.general))
+        update = {"datasets": tuple(files), "data": data, "general": general}
+        return self.model_copy(update=update)
 
     @property
     def memory_bytes(self) -> int | None:
@@ -131,7 +138,7 @@ def make_plan(fields: Mapping[str, Any], *, place: str = "the plan") -> Plan:
 
 
 def read_plan(path: Path) -> Plan:
-    """The plan in a YAML file; its data folder, and files of cases, are taken from its own place.
+    """The plan in a YAML file; its data folder and its files are taken from its own place.
 
     Raises:
         OptionError: not there, not YAML, or not a plan.
@@ -145,8 +152,9 @@ def read_plan(path: Path) -> Plan:
         raise OptionError(f"{path}: not YAML ({reason})") from None
     if not isinstance(fields, dict) or not all(isinstance(name, str) for name in fields):
         raise OptionError(f"{path}: a plan is a mapping of fields: {', '.join(Plan.model_fields)}")
-    if isinstance(fields.get("data"), str):
-        fields["data"] = path.parent / fields["data"]
+    for name in ("data", "general"):
+        if isinstance(fields.get(name), str):
+            fields[name] = path.parent / fields[name]
     if isinstance(names := fields.get("datasets"), str | list):
         every = [names] if isinstance(names, str) else names
         fields["datasets"] = [_beside(path, name) for name in every]

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from knowpatch.bench.plan import MethodPlan, Plan
 from knowpatch.bench.schema import CellFacts, Mode, Row, dump, facts_of, rows_of
 from knowpatch.bench.scoring import Asked, Scorer, Scores
 from knowpatch.data.case import Case
+from knowpatch.data.general import FILE, General, dealt, load_general, present_general
 from knowpatch.data.source import Loaded, expanded, load
 from knowpatch.edited import EditedModel
 from knowpatch.editing import choose
@@ -29,9 +31,11 @@ from knowpatch.errors import InputError
 from knowpatch.files import plain_storage_errors, source_digest, write_atomically
 from knowpatch.method import EditMethod
 from knowpatch.metrics.asker import Asker
-from knowpatch.metrics.catalogue import chosen
+from knowpatch.metrics.catalogue import ALL, chosen
 from knowpatch.metrics.metric import Metric
 from knowpatch.progress import Progress, silent
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -105,6 +109,10 @@ class Runner:
             load(name, data=plan.data, limit=plan.limit).sampled(plan.probes)
             for name in expanded(plan.datasets)
         ]
+        self.general = self._general()
+        if self.general:
+            probes = self.general.probes
+            self.loaded = [replace(x, cases=dealt(x.cases, probes)) for x in self.loaded]
 
     def run(self) -> list[Cell]:
         """Run all cells that are not finished; those of one dataset after each other, so that the
@@ -123,6 +131,17 @@ class Runner:
         options = {"chat": True, **plan.options} if self.plan.chat else plan.options
         return choose(plan.name, options, seed=self.plan.seed)
 
+    def _general(self) -> General | None:
+        """The general questions, if a metric asks them. Where all metrics are wanted, those that
+        would need a file that nobody named are left without questions if it is not there."""
+        plan = self.plan
+        if not any(metric.general for metric in self.metrics):
+            return None
+        if ALL in (plan.metrics or ()) and not plan.general and not present_general(plan.data):
+            log.warning("general questions are not asked: %s is not in the data folder", FILE)
+            return None
+        return load_general(plan.general, data=plan.data, limit=plan.questions)
+
     def _cell(self, loaded: Loaded, mode: Mode, method: EditMethod) -> Cell:
         view = self.model.view
         plugged = [type(method), *loaded.source, *(metric.ask for metric in self.metrics)]
@@ -140,9 +159,15 @@ class Runner:
             chat=self.plan.chat,
             metrics=tuple(metric.name for metric in self.metrics),
             ages=self.plan.ages if mode == "sequential" else (),
-            versions=_versions(plugged, self.metrics),
+            versions=_versions(plugged, self.metrics) | self._questions(),
         )
         return Cell.at(facts, self.out, method, loaded.cases)
+
+    def _questions(self) -> dict[str, str]:
+        """Which general questions the rows are of."""
+        if self.general is None:
+            return {}
+        return {"general": f"{len(self.general.probes)} of {self.general.digest[:16]}"}
 
     def _run(self, cell: Cell) -> None:
         total = len(cell.cases)

@@ -195,19 +195,13 @@ def summary_of(curve: Floats, records: Records, *, share: bool = False) -> Summa
     estimate, n = float(curve[0]), having(records)
     if not math.isfinite(estimate):
         return None
-    if share and (successes := _uniform(records)) is not None:
-        return Summary(estimate, *wilson(successes, n), n)
     replicates = curve[1:][np.isfinite(curve[1:])]
+    if share and estimate in (0.0, 1.0) and (replicates == estimate).all():
+        return Summary(estimate, *wilson(n if estimate else 0, n), n)
     if n < 2 or not len(replicates):
         return Summary(estimate, None, None, n)
     low, high = np.percentile(replicates, [2.5, 97.5])
     return Summary(estimate, float(low), float(high), n)
-
-
-def _uniform(records: Records) -> int | None:
-    """The number of successes where every column is 0 in all records, or 1 in all."""
-    values = {value for record in records for value in (record or {}).values()}
-    return (having(records) if values == {1.0} else 0) if values in ({0.0}, {1.0}) else None
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:

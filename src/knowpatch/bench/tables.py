@@ -19,6 +19,7 @@ HEADLINE = (
     ("Fluency", ("fluency_entropy_gen",)),
     ("Rephrase", ("rephrase_tf",)),
     ("Perplexity of other text", ("ordinary_ppl_tf",)),
+    ("General ability", ("general_mc",)),
 )
 SIGNIFICANT = 0.05
 

@@ -18,6 +18,7 @@ NEIGHBOUR = "locality.neighbour"
 SAME, OPPOSITE, OTHER = "sentiment.same", "sentiment.opposite", "sentiment.other"
 FORGET, RETAIN = "forget", "retain"
 MULTIHOP, HOP = "multihop", "hop"
+GENERAL = "general"
 
 Answers = tuple[tuple[str, ...], ...]
 """Accepted answers, each with its aliases; the name that the data gives comes first."""
@@ -31,11 +32,13 @@ class Probe:
         kind: what is asked for, with a sub-kind behind a dot:
             rewrite (the edited prompt), rephrase, portability.*, locality.*; sentiment.same,
             .opposite (answers of the wanted and of the other sentiment), .other (of another
-            entity); forget (whose answers should be gone), retain; multihop, hop.
+            entity); forget (whose answers should be gone), retain; multihop, hop; general (a
+            question about what no edit is about).
         prompt: the question, or the start of a text.
         answers: accepted answers, each with its aliases; none where there is no right answer.
         chat: whether it is asked through the chat template.
         request: number of the request it belongs to; None for all.
+        choices: what there is to choose from, the answer among it; none for other questions.
     """
 
     kind: str
@@ -43,6 +46,7 @@ class Probe:
     answers: Answers = ()
     chat: bool = False
     request: int | None = None
+    choices: tuple[str, ...] = ()
 
     @property
     def expected(self) -> str | None:

@@ -20,6 +20,7 @@ ORDER = (
     "sentiment",
     "refusal",
     "perplexity",
+    "general",
     "fluency",
 )
 """Groups in the order in which they are shown; others follow by name."""

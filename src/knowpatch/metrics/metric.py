@@ -90,6 +90,7 @@ class Metric:
         better: whether more or less is better, or neither.
         published: whether it repeats a published computation with its faults, for comparison only.
         percent: whether it is a share, shown as a percentage.
+        general: whether it asks general questions, which no case has of its own.
         setting: what its values depend on besides the models (a judge), as text.
         columns: a record's score as numbers whose means over records are taken.
         combine: those means to the metric's value; by default there is one, "value". Intervals
@@ -103,6 +104,7 @@ class Metric:
     better: Literal["more", "less", "neither"] = "more"
     published: bool = False
     percent: bool = True
+    general: bool = False
     setting: Callable[[], str] | None = field(default=None, repr=False)
     columns: Callable[[Values], Columns] = field(default=value_columns, repr=False)
     combine: Callable[[Columns], float | None] = field(
