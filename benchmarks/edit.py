@@ -1,13 +1,19 @@
-"""A batch of edits that is spread over several layers: ours against the published programs.
+"""Edits: ours against the published programs.
 
-    python benchmarks/edit.py DATA/counterfact/counterfact-edit.json [memit_20 alphaedit_20]
-                              [--json] [--quick]
+    python benchmarks/edit.py DATA/counterfact/counterfact-edit.json
+                              [memit_20 alphaedit_20 ft_m ultraedit_floor] [--json] [--quick]
 
 memit_20, alphaedit_20: the first 20 records of CounterFact as one batch (--quick: 4 records and 3
 steps of each value on both sides), by the library's default recipe and by plain/memit.py and
 plain/alphaedit.py with the published hyper-parameters; both are given the same layers, and key
 statistics that are there already. success: share of the target's tokens that are the most likely
 when forced, over the batch, so that a reader sees that both sides learn.
+
+ft_m: 20 records (--quick: 4), one at a time, by ft with its defaults and by the published loop
+(plain/ft.py: whole forwards, logits at every place) with the same matrix, rate and stop.
+ultraedit_floor: 100 records (--quick: 20) as one turn of ultraedit as published (one round), whole
+edit, and on the plain side nothing but one forward and backward pass over the same tokens to the
+weights of the same maps: the ratio says what the edit costs beyond that.
 
 The published lambda is for keys of 14,336 entries and would leave most of a residual of this model
 unwritten; the plain side is given WEIGHT instead. Axes: D hidden, I inner size of the MLP.
@@ -25,7 +31,7 @@ from typing import Any
 
 import torch
 from pairs import Pair, measure, report
-from plain import alphaedit, bridge, memit, rome
+from plain import alphaedit, bridge, ft, memit, rome
 from recipes import accuracy, requests_of
 from torch import Tensor
 
@@ -36,6 +42,7 @@ from knowpatch.parts.prefixes import context_prefixes
 from knowpatch.parts.solve import ridged
 
 COUNT, FEW, FEW_STEPS = 20, 4, 3
+TURN, SHORT_TURN = 100, 20
 PREFIXES = ((5, 10),)
 """As published: five texts of ten tokens."""
 WEIGHT = 1_600.0
@@ -54,12 +61,16 @@ class Bench:
     """The model, the requests, and the facts as the plain sides take them."""
 
     def __init__(self, file: Path, *, quick: bool) -> None:
-        records = json.loads(file.read_text(encoding="utf-8"))[: FEW if quick else COUNT]
-        self.requests = requests_of(records)
+        records = requests_of(json.loads(file.read_text(encoding="utf-8"))[:TURN])
+        self.requests = records[: FEW if quick else COUNT]
+        self.turn = records[: SHORT_TURN if quick else TURN]
         self.model = load()
         self.options = {"steps": FEW_STEPS} if quick else {}
         self.value = replace(memit.VALUE, steps=FEW_STEPS) if quick else memit.VALUE
-        self.contexts = context_prefixes(self.model.view, PREFIXES, seed=0)
+
+    @property
+    def contexts(self) -> tuple[str, ...]:
+        return context_prefixes(self.model.view, PREFIXES, seed=0)
 
     def memit_20(self) -> Pair:
         method: Any = choose("memit", self.options)
@@ -86,6 +97,58 @@ class Bench:
         dims = [round(float(projector_II.trace())) for projector_II in projectors_II]
         said = {"L2 of plain": RIDGE, "null dimensions of plain": dims}
         return self._measured("alphaedit", method, change, said)
+
+    def ft_m(self) -> Pair:
+        method: Any = choose("ft")
+        view = self.model.view
+        (role,) = method.trained(view, self.requests)
+        pairs = self._pairs(self.requests)
+        settings = ft.Settings(
+            method.config.steps, method.config.learning_rate, method.config.enough
+        )
+        patches: list[Patch] = []
+        changes: list[Tensor] = []
+
+        def ours() -> None:
+            patches.extend(edit(self.model, request, method=method) for request in self.requests)
+
+        def plain() -> None:
+            name = role.address.parameter
+            changes.extend(ft.train(self.model.model, name, pair, settings) for pair in pairs)
+
+        count = len(self.requests)
+        settled = {"requests, one at a time": count, "map": role.module}
+        pair = measure(
+            "ft_m", ours, plain, n=1, unit="s per edit", settings=settled, per=(count,) * 2
+        )
+        apart = [
+            float((patch.deltas[0].change.tensors()["delta"] - change).norm() / change.norm())
+            for patch, change in zip(patches, changes, strict=True)
+        ]
+        pair.settings["largest relative difference of the changes"] = f"{max(apart):.1e}"
+        pair.settings["threads"] = torch.get_num_threads()
+        return pair
+
+    def ultraedit_floor(self) -> Pair:
+        method: Any = choose("ultraedit", {"rounds": 1})
+        view = self.model.view
+        method.prepare(view)
+        names = [role.address.parameter for role in method.maps(view).values()]
+        pairs, size = self._pairs(self.turn), method.config.micro
+
+        def ours() -> None:
+            edit(self.model, self.turn, method=method)
+
+        def plain() -> None:
+            ft.once(self.model.model, names, pairs, size)
+
+        settled = {"requests at once": len(pairs), "maps": len(names), "in a pass": size}
+        return measure("ultraedit_floor", ours, plain, n=3, unit="s", settings=settled)
+
+    def _pairs(self, requests: Sequence[Any]) -> list[ft.Pair]:
+        method = choose("ft")
+        encoded = [method.encode(self.model.view, request) for request in requests]
+        return [(prompt.ids, target) for prompt, target in encoded]
 
     def _statistics(self, method: Any) -> list[Tensor]:
         found: dict[int, Tensor] = method.statistics(
@@ -158,7 +221,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="four records, few steps")
     args = parser.parse_args()
     bench = Bench(args.file, quick=args.quick)
-    names = args.pairs or ["memit_20", "alphaedit_20"]
+    names = args.pairs or ["memit_20", "alphaedit_20", "ft_m", "ultraedit_floor"]
     report([getattr(bench, name)() for name in names], as_json=args.json)
 
 
