@@ -80,7 +80,7 @@ def passes(
     """
     view.limits.check(max(len(row.ids) for row in rows), view.source)
     modules = tuple(modules)
-    attention = _holding(view, modules)
+    attention = holding(view, modules)
     fits = view.limits.reads_in_pieces(max(len(row.ids) for row in rows), 3)
     if attention is None or not fits:
         return Whole(view, modules, rows, places)
@@ -194,7 +194,7 @@ def renumbered(places: Sequence[Place], rows: Sequence[int]) -> list[Place]:
     return [(number[row], i) for row, i in places if row in number]
 
 
-def _holding(view: ModelView, modules: tuple[str, ...]) -> str | None:
+def holding(view: ModelView, modules: tuple[str, ...]) -> str | None:
     """The attention with which a replay of this model gives what the full pass gives, if any.
 
     Plain attention first: for so few positions it is fast forward and backward in every precision.

@@ -87,7 +87,7 @@ class Located(EditMethod):
     """A method that writes facts into the MLP output map of some blocks."""
 
     family = "intrinsic"
-    needs = ("subject",)
+    needs: ClassVar[tuple[str, ...]] = ("subject",)
     roles: ClassVar[tuple[str, ...]] = (ROLE,)
     exports = ("merged", "lora", "gguf")
     Config: ClassVar[type[LocatedConfig]] = LocatedConfig
