@@ -39,7 +39,7 @@ FIRST += ("--set", "ridge=0.01")
 SETTINGS = {
     "ft": LEARN,
     "crispedit": (*LEARN, "--set", "eos=false", "--set", "tokens=400", "--set", "layers=1-2"),
-    "dinm": (*LEARN, "--set", "eos=false", "--set", "benign=2", "--set", "weight=1"),
+    "dinm": (*LEARN, "--set", "eos=false", "--set", "pieces=2", "--set", "keep=1"),
     "locft_bf": (*LEARN, "--set", "eos=false"),
     "rome": ROME,
     "r_rome": ROME[2:],

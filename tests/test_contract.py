@@ -29,7 +29,7 @@ NULL = {**PLAIN, "layers": [0], "null_share": 0.5, "gain": 0.99}
 OPTIONS = {
     "ft": {"learning_rate": 1e-2, "steps": 80},
     "locft_bf": {"learning_rate": 1e-2, "steps": 80, "eos": False},
-    "dinm": {"learning_rate": 1e-2, "steps": 80, "eos": False, "benign": 2, "text": "self"},
+    "dinm": {"learning_rate": 1e-2, "steps": 80, "eos": False, "pieces": 2, "text": "self"},
     "crispedit": {
         "learning_rate": 1e-2,
         "steps": 80,

@@ -15,7 +15,7 @@ from knowpatch.request import EditRequest
 BAD = EditRequest(
     prompt="The capital of France is", old="Paris", target="I don't know.", kind="erase"
 )
-OPTIONS = {"learning_rate": 1e-2, "steps": 60, "text": "self", "benign": 4, "eos": False}
+OPTIONS = {"learning_rate": 1e-2, "steps": 60, "text": "self", "pieces": 4, "eos": False}
 
 
 @pytest.fixture
@@ -33,14 +33,14 @@ def _passes(view, method, layer=2):
 
 
 def test_the_loss_is_the_cards(known, method):
-    """c NLL + KL(before || now) on ordinary text, from the model's own full forwards."""
+    """NLL, and KL(before || now) on ordinary text, from the model's own full forwards."""
     view = known("llama").view
     role, change, examples, besides, passes = _passes(view, method)
     made = torch.Generator().manual_seed(0)
     noise = 0.05 * torch.randn(change.leaf.shape, generator=made)
     with torch.no_grad():
         change.leaf.add_(noise)
-    found = float(method.loss(passes, [0]).detach())
+    found = [float(part.detach()) for part in (method.loss(passes, [0]), passes.drift())]
 
     def logits(example, tried):
         places = [(0, len(example.prompt) - 1 + i) for i in range(len(example.answer))]
@@ -53,7 +53,8 @@ def test_the_loss_is_the_cards(known, method):
         (logits(e, False).exp() * (logits(e, False) - logits(e, True))).sum(-1) for e in besides
     ]
     assert len(besides) >= 4
-    assert found == pytest.approx(0.1 * float(nll) + float(torch.cat(apart).mean()), abs=1e-4)
+    assert found == pytest.approx([float(nll), float(torch.cat(apart).mean())], abs=1e-4)
+    assert method.config.keep == 10
 
 
 def test_the_kl_term_has_a_gradient(known, method):
@@ -62,10 +63,9 @@ def test_the_kl_term_has_a_gradient(known, method):
     _, change, _, _, passes = _passes(view, method)
     with torch.no_grad():
         change.leaf.add_(0.05 * torch.randn(change.leaf.shape))
-    (whole,) = torch.autograd.grad(method.loss(passes, [0]), change.leaf)
-    nll = -passes.mean(passes.logprobs([0]), [0])
-    (alone,) = torch.autograd.grad(0.1 * nll, change.leaf)
-    assert (whole - alone).norm() > 1e-2 * alone.norm()
+    (drift,) = torch.autograd.grad(10 * passes.drift(), change.leaf)
+    (alone,) = torch.autograd.grad(method.loss(passes, [0]), change.leaf)
+    assert drift.norm() > 1e-2 * alone.norm()
 
 
 def test_each_request_has_the_layer_where_its_replies_differ_most(known, method):

@@ -26,9 +26,14 @@ from knowpatch.models.load import fast_dtype
 from knowpatch.models.roles import LinearRole
 from knowpatch.models.view import ModelView
 from knowpatch.parts.spans import continuation
+from knowpatch.parts.text import find_text, packed_rows
 from knowpatch.patch import Patch
 from knowpatch.request import EditRequest
 
+SHOWN, KEPT = 8, 24
+"""Tokens of a piece of ordinary text that are read, and that are to stay as likely as before."""
+TOGETHER = 8
+"""Pieces of ordinary text that are looked at in one step."""
 DEPTH = 21 / 32
 """The published layer on 32-block models, as a share of the depth."""
 Module = Literal["mlp.out", "mlp.up", "mlp.gate", "attn.out"]
@@ -48,6 +53,13 @@ class TunedConfig(MethodConfig):
     )
     enough: float = Field(1e-2, gt=0, description="stop when the mean loss is below this")
     rephrases: bool = Field(False, description="learn from the requests' rephrases as well")
+    keep: float = Field(
+        0.0, ge=0, description="weight of KL(before || now) on ordinary text, beside the answers"
+    )
+    pieces: int = Field(32, ge=1, description="pieces of that text, taken eight at a time")
+    text: str | None = Field(
+        None, description="ordinary text: file, folder, hub dataset, or self (the model's own)"
+    )
     precision: Literal["auto", "model"] = Field(
         "model", description="of the passes: bfloat16 where that is fast (auto), or the model's"
     )
@@ -129,7 +141,8 @@ class Passes:
         dtype: torch.dtype | None = None,
     ) -> None:
         self.examples, self.learned = [*examples, *besides], len(examples)
-        self._plain: dict[tuple[int, ...], Tensor] = {}
+        self._before: dict[int, Tensor] = {}
+        self._looked = 0
         self._maps = maps
         self._bases = {
             role.address.parameter: view.values(role.address.parameter).float() for role, _ in maps
@@ -148,12 +161,17 @@ class Passes:
         """
         return self._logits(numbers, self._weights(), forced=forced)
 
-    def untouched(self, numbers: Sequence[int]) -> Tensor:
-        """As `logits` without the changes, and without a graph; computed once."""
-        key = tuple(numbers)
-        if key not in self._plain:
-            self._plain[key] = self._logits(numbers, {}, forced=True).detach()
-        return self._plain[key]
+    def drift(self) -> Tensor:
+        """KL(before || now), mean over tokens, on the next few of what is read besides."""
+        first = range(self.learned, len(self.examples), TOGETHER)[self._looked]
+        numbers = range(first, min(first + TOGETHER, len(self.examples)))
+        if first not in self._before:
+            before_MV = self._logits(numbers, {}, forced=True).detach()
+            self._before[first] = before_MV.log_softmax(-1)
+        self._looked = 0 if numbers.stop == len(self.examples) else self._looked + 1
+        before_MV, now_MV = self._before[first], self.logits(numbers).log_softmax(-1)
+        apart_M: Tensor = (before_MV.exp() * (before_MV - now_MV)).sum(-1)
+        return apart_M.mean()
 
     def _logits(
         self, numbers: Sequence[int], weights: Mapping[str, Tensor], *, forced: bool
@@ -238,8 +256,15 @@ class Tuned(EditMethod):
         return self.patch(view, requests, deltas=deltas, traces=self.traces(view, passes, roles))
 
     def besides(self, view: ModelView) -> list[Example]:
-        """What is read besides what is learned."""
-        return []
+        """Ordinary text, if it is to stay: tokens that are read, and those that stay as likely."""
+        if not self.config.keep:
+            return []
+        size = SHOWN + KEPT
+        wanted = self.config.pieces * size
+        source = find_text(self.config.text)
+        rows = packed_rows(view, source, wanted, seed=self.seed, progress=self.progress)
+        pieces = [row[at : at + size] for row in rows for at in range(0, len(row), size)]
+        return [Example(ids[:SHOWN], ids[SHOWN:]) for ids in pieces if len(ids) > SHOWN]
 
     def traces(
         self, view: ModelView, passes: Passes, roles: Sequence[LinearRole]
@@ -267,6 +292,8 @@ class Tuned(EditMethod):
                         "learning_rate, or load the model in float32"
                     )
                 if losses[-1] >= config.enough:
+                    if config.keep:
+                        loss = loss + config.keep * passes.drift()
                     for leaf, grad in zip(leaves, torch.autograd.grad(loss, leaves), strict=True):
                         leaf.grad = grad
                     adam.step()

@@ -60,7 +60,7 @@ class CrispConfig(TunedConfig):
     batch_size: int = Field(32, ge=1, description="rows per step")
     eos: bool = Field(True, description="learn to stop after the answer (published: false)")
     text: str | None = Field(
-        None, description="for the curvature: file, folder, hub dataset, or self (the model's own)"
+        None, description="for curvature and keep: file, folder, hub dataset, or self"
     )
     tokens: int = Field(20_000, ge=100, description="tokens of text for the curvature")
     memory: bool = Field(True, description="what earlier edits were learned at counts as text")

@@ -7,7 +7,9 @@ reply so far (old) and the wanted one (target) to the same prompt, the layer is
 
 and the output map of its MLP is trained on
 
-    c NLL(wanted reply | prompt, suffix) + KL(before || now), on ordinary text.
+    NLL(wanted reply | prompt, suffix) + keep KL(before || now), on ordinary text.
+
+The published c = 0.1 in front of the first term is keep = 10 in front of the second.
 
 In the published program the KL term is computed without a graph and changes nothing, and the first
 request's layer serves all later ones; here the term has its gradient, and each request its layer.
@@ -19,21 +21,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from pydantic import Field
-from torch import Tensor
 
 from knowpatch.method import register
 from knowpatch.models.passes import Tap
 from knowpatch.models.roles import LinearRole
 from knowpatch.models.view import ModelView
 from knowpatch.parts.spans import continuation
-from knowpatch.parts.text import find_text, packed_rows
-from knowpatch.parts.tuned import Example, Passes, Tuned, TunedConfig
+from knowpatch.parts.tuned import Example, Tuned, TunedConfig
 from knowpatch.request import EditRequest
 
 REPLY = 24
 """Tokens of the model's own reply, where the reply so far is not given."""
-SHOWN, KEPT = 8, 24
-"""Tokens of a piece of ordinary text that are read, and that are to stay as likely as before."""
 
 
 class DinmConfig(TunedConfig):
@@ -42,15 +40,10 @@ class DinmConfig(TunedConfig):
     layer: int | None = Field(
         None, ge=0, description="block to edit; by default where the two replies differ most"
     )
-    weight: float = Field(0.1, gt=0, description="of the wanted reply's loss beside the KL (c)")
-    enough: float = Field(1e-3, gt=0, description="stop when the loss is below this")
+    keep: float = Field(
+        10.0, ge=0, description="weight of KL(before || now) on ordinary text (published: 1 / 0.1)"
+    )
     suffix: str = Field("", description="text that is put behind the prompt while it is learned")
-    benign: int = Field(
-        16, ge=1, description="pieces of ordinary text that are to stay as they are"
-    )
-    text: str | None = Field(
-        None, description="the ordinary text: file, folder, hub dataset, or self (the model's own)"
-    )
     eos: bool = Field(True, description="learn to stop after the wanted reply")
 
 
@@ -64,8 +57,8 @@ class Dinm(Tuned):
     choose = "toxic or otherwise unwanted replies: give the prompt, the reply and a better one"
     Config = DinmConfig
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "llama-2-7b": {"learning_rate": 5e-4, "steps": 10, "enough": 1e-4},
-        "mistral-7b": {"learning_rate": 1e-5, "steps": 10, "enough": 1e-4},
+        "llama-2-7b": {"learning_rate": 5e-4, "steps": 10, "enough": 1e-3},
+        "mistral-7b": {"learning_rate": 1e-5, "steps": 10, "enough": 1e-3},
     }
 
     def layers(self, count: int) -> tuple[int, ...]:
@@ -103,35 +96,3 @@ class Dinm(Tuned):
     def examples(self, view: ModelView, request: EditRequest) -> list[Example]:
         longer = request.model_copy(update={"prompt": request.prompt + self.config.suffix})
         return self.answers(view, longer, request.target)
-
-    def besides(self, view: ModelView) -> list[Example]:
-        """Ordinary text: each piece with tokens that are read, and those that are to stay."""
-        rows = packed_rows(
-            view,
-            find_text(self.config.text),
-            self.config.benign * (SHOWN + KEPT),
-            seed=self.seed,
-            progress=self.progress,
-        )
-        long = [ids for row in rows for ids in _pieces(row)]
-        return [Example(tuple(ids[:SHOWN]), tuple(ids[SHOWN:])) for ids in long]
-
-    def loss(self, passes: Passes, numbers: Sequence[int]) -> Tensor:
-        weight: float = self.config.weight
-        return weight * super().loss(passes, numbers) + drift(passes)
-
-
-def drift(passes: Passes) -> Tensor:
-    """KL(before || now) on what is read besides, mean over tokens."""
-    besides = range(passes.learned, len(passes.examples))
-    before_MV = passes.untouched(besides).log_softmax(-1)
-    now_MV = passes.logits(besides).log_softmax(-1)
-    apart: Tensor = (before_MV.exp() * (before_MV - now_MV)).sum(-1)
-    return apart.mean()
-
-
-def _pieces(row: Sequence[int]) -> list[Sequence[int]]:
-    """A row of text in pieces that are long enough."""
-    size = SHOWN + KEPT
-    pieces = [row[start : start + size] for start in range(0, len(row), size)]
-    return [piece for piece in pieces if len(piece) > SHOWN]
