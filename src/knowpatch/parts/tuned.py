@@ -56,7 +56,7 @@ class TunedConfig(MethodConfig):
     keep: float = Field(
         0.0, ge=0, description="weight of KL(before || now) on ordinary text, beside the answers"
     )
-    pieces: int = Field(32, ge=1, description="pieces of that text, taken eight at a time")
+    pieces: int = Field(256, ge=1, description="pieces of that text, taken eight at a time")
     text: str | None = Field(
         None, description="ordinary text: file, folder, hub dataset, or self (the model's own)"
     )
@@ -141,7 +141,6 @@ class Passes:
         dtype: torch.dtype | None = None,
     ) -> None:
         self.examples, self.learned = [*examples, *besides], len(examples)
-        self._before: dict[int, Tensor] = {}
         self._looked = 0
         self._maps = maps
         self._bases = {
@@ -165,11 +164,11 @@ class Passes:
         """KL(before || now), mean over tokens, on the next few of what is read besides."""
         first = range(self.learned, len(self.examples), TOGETHER)[self._looked]
         numbers = range(first, min(first + TOGETHER, len(self.examples)))
-        if first not in self._before:
-            before_MV = self._logits(numbers, {}, forced=True).detach()
-            self._before[first] = before_MV.log_softmax(-1)
         self._looked = 0 if numbers.stop == len(self.examples) else self._looked + 1
-        before_MV, now_MV = self._before[first], self.logits(numbers).log_softmax(-1)
+        # Not kept from one round to the next: distributions over the vocabulary are large.
+        with torch.no_grad():
+            before_MV = self._logits(numbers, {}, forced=True).detach().log_softmax(-1)
+        now_MV = self.logits(numbers).log_softmax(-1)
         apart_M: Tensor = (before_MV.exp() * (before_MV - now_MV)).sum(-1)
         return apart_M.mean()
 
