@@ -11,6 +11,7 @@ from knowpatch import edit
 from knowpatch.ask import Ask
 from knowpatch.data.case import (
     FORGET,
+    GENERAL,
     HOP,
     LOCALITY,
     MULTIHOP,
@@ -50,6 +51,7 @@ FACT = Case(
         Probe(MULTIHOP, KNOWN, accepted("Rome")),
         Probe(MULTIHOP, "The Nile flows through", accepted("Sudan")),
         Probe(HOP, "The Nile flows through", accepted("Egypt")),
+        Probe(GENERAL, KNOWN, accepted("Rome"), choices=("Rome", "Paris", "four")),
     ),
 )
 OPINION = Case(
@@ -77,7 +79,7 @@ CASES = (FACT, OPINION, ERASURE)
 LEAST = {"prob_magnitude": -1.0, "prob_rephrase_magnitude": -1.0}
 LEAST["prob_neighbourhood_magnitude"] = -1.0
 COMPARISONS = ("locality_tf", "locality_right_tf", "locality_gen_same", "locality_gen_right")
-COMPARISONS += ("retain_right_gen", "retain_same_gen", "retain_gen_published")
+COMPARISONS += ("retain_right_gen", "retain_same_gen", "retain_gen_published", "general_same_mc")
 
 
 @pytest.fixture(autouse=True)

@@ -214,8 +214,8 @@ def test_refusals_are_one_line(folder: Path, place: Path) -> None:
     slow = ("prepare", "--method", "slow", *model)
     assert "unknown method" in refuse("prepare", "--method", "slwo", *model, cwd=place)
     assert "'tokesn'" in refuse(*slow, "--set", "tokesn=3", cwd=place)
-    assert "'text' of ft" in refuse(
-        "prepare", "--method", "ft", "--text", "facts.txt", *model, cwd=place
+    assert "'text' of ice" in refuse(
+        "prepare", "--method", "ice", "--text", "facts.txt", *model, cwd=place
     )
     for more in ((), ("--dry-run",)):
         line = refuse(*slow, "--text", "none.txt", *more, cwd=place)
