@@ -756,3 +756,11 @@ def test_a_reader_that_goes_away(tmp_path: Path) -> None:
     os.close(write)
     assert result.stderr == ""
     assert result.returncode == 0
+
+
+def test_the_facts_of_one_method(tmp_path: Path) -> None:
+    """`knowpatch methods NAME` tells of that one, brackets included; another name is refused."""
+    told = run("methods", "bird", "--json", cwd=tmp_path).json()
+    assert [fact["name"] for fact in told] == ["bird"]
+    assert "[[subject, object], ...]" in " ".join(run("methods", "bird", cwd=tmp_path).out.split())
+    assert "unknown method 'brid'" in run("methods", "brid", cwd=tmp_path).err

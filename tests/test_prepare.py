@@ -230,3 +230,18 @@ def test_a_model_that_the_method_cannot_edit(place: Path, tmp_path: Path) -> Non
         part.save_pretrained(path)
     line = refuse("prepare", "--method", "slow", "--model", path, "--json", cwd=place)
     assert "mixture of 4 experts" in line
+
+
+def test_what_cannot_be_is_said_before_the_model_is_loaded(
+    folder: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block that the model does not have, and a text that is empty, are refused by a dry run."""
+    monkeypatch.setattr(hf.AutoModelForCausalLM, "from_pretrained", _not_now)
+    (place / "empty.txt").write_text(" \n")
+    asked = ("prepare", "--method", "memit", "--model", folder, "--dry-run")
+    line = refuse(*asked, "--set", "layers=2-40", cwd=place)
+    assert "layer 4 does not exist: the model has layers 0 to 3" in line
+    assert "empty.txt: is empty" in refuse(*asked, "--text", "empty.txt", cwd=place)
+    fact = ("edit", "A is", "--subject", "A", "--target", "b", "--dry-run", "--model", folder)
+    for method, option in (("ft", "layer=4"), ("grace", "layer=4"), ("ultraedit", "out=3-4")):
+        assert "does not exist" in refuse(*fact, "--method", method, "--set", option, cwd=place)

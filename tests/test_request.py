@@ -391,3 +391,16 @@ def test_broken_files_name_the_place(name: str, content: str, said: list[str], w
     message = refusal(write(name, content))
     assert all(part in message for part in said), message
     assert len(message) < 1000
+
+
+@pytest.mark.parametrize(
+    ("second", "said"),
+    [("Lyon", "answers that exclude each other (Rome, Lyon)"), ("Rome", "the same answer")],
+)
+def test_requests_that_come_twice_are_pointed_out(tmp_path, caplog, second, said):
+    """The same prompt with another answer, or with the same one, is told in one line."""
+    line = '{"prompt": "The capital of France is", "target": "%s"}\n'
+    (tmp_path / "two.jsonl").write_text(line % "Rome" + line % second)
+    assert len(read_requests(tmp_path / "two.jsonl")) == 2
+    (record,) = caplog.records
+    assert "'The capital of France is' comes 2 times, with " + said in record.getMessage()

@@ -146,6 +146,10 @@ class EditMethod(ABC):
         """The answer the edit promises; None where it only promises that the old one is gone."""
         return request.target
 
+    def layers(self, count: int) -> tuple[int, ...]:
+        """The blocks to edit of a model that has `count`, from low to high, if it edits blocks."""
+        return ()
+
     def wanted_roles(self) -> tuple[str, ...]:
         """The linear maps that this configuration edits."""
         return self.roles
@@ -191,6 +195,15 @@ class EditMethod(ABC):
         for role in self.wanted_roles():
             if reason := view.roles.lacks(role):
                 raise ModelError(f"{self.name} cannot edit {view.roles.architecture}: {reason}")
+        self.check_layers(len(view.roles.blocks))
+
+    def check_layers(self, count: int) -> None:
+        """Refuse, in one line, blocks that a model of `count` blocks does not have."""
+        for layer in self.layers(count):
+            if layer >= count:
+                raise ModelError(
+                    f"layer {layer} does not exist: the model has layers 0 to {count - 1}"
+                )
 
     def check_requests(self, requests: Sequence[EditRequest]) -> None:
         """Refuse, in one line, requests that this method cannot work with."""
@@ -242,7 +255,8 @@ class EditMethod(ABC):
 def advice(field: str, request: EditRequest) -> str:
     """What to do about a missing part of a request; a subject is proposed."""
     if field == "subject":
-        return f"give --subject, for example --subject {propose_subject(request.prompt)!r}"
+        guess = propose_subject(request.prompt)
+        return f"give --subject (in a file, its field subject), for example --subject {guess!r}"
     return f"give its {field}"
 
 

@@ -138,7 +138,26 @@ def read_requests(path: str | Path) -> list[EditRequest]:
         raise RequestError(f"{path}: {error}") from None
     if not requests:
         raise RequestError(f"{path}: holds no request; give at least one with prompt and target")
+    _note_repeats(path, requests)
     return requests
+
+
+def _note_repeats(path: Path, requests: Sequence[EditRequest]) -> None:
+    """Say once for each prompt that comes again what is odd about it."""
+    targets: dict[str, list[str]] = {}
+    for request in requests:
+        targets.setdefault(request.prompt, []).append(request.target.strip())
+    for prompt, wanted in targets.items():
+        if len(wanted) > 1:
+            different = list(dict.fromkeys(wanted))
+            what = f"answers that exclude each other ({', '.join(different)})"
+            log.warning(
+                "%s: %r comes %d times, with %s",
+                path,
+                prompt,
+                len(wanted),
+                what if len(different) > 1 else "the same answer",
+            )
 
 
 def _request(fields: Any, place: str) -> EditRequest:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from knowpatch.cli import screen
 from knowpatch.cli.options import Json
 
+Names = Annotated[list[str] | None, typer.Argument(help="Only these methods.", show_default="all")]
 
-def run(as_json: Json = False) -> None:
+
+def run(names: Names = None, as_json: Json = False) -> None:
     """List the editing methods, their options, and when to choose which."""
-    facts = [describe(name) for name in _names()]
+    facts = [describe(name) for name in names or _names()]
     if as_json:
         screen.print_json(facts)
         return
@@ -29,9 +33,8 @@ def run(as_json: Json = False) -> None:
             console.print(f"    presets: {', '.join(fact['presets'])}")
         for option in fact["options"]:
             default = "" if option["default"] is None else f"={option['default']}"
-            console.print(
-                f"      --set {option['name']}{default}  {option['description']}", style="dim"
-            )
+            line = f"      --set {option['name']}{default}  {option['description']}"
+            console.print(line, style="dim", markup=False)
         console.print()
 
 

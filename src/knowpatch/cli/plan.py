@@ -110,6 +110,7 @@ def make_plan(
     }
     if model.shape is None:
         return plan
+    method.check_layers(model.shape.layers)
     missing = [item for item in method.preparations(model.shape) if not item.path.exists()]
     lengths = [(len(r.prompt) + len(r.target)) // 4 + 2 for r in requests]
     cost = method.cost(model.shape, lengths)

@@ -65,6 +65,8 @@ def outlook(method: EditMethod, name: str | None) -> dict[str, Any]:
     from knowpatch.cli.plan import known
 
     model = known(name)
+    if model.shape is not None:
+        method.check_layers(model.shape.layers)
     items = None if model.shape is None else method.preparations(model.shape)
     missing = [item.tokens for item in items or () if not item.path.exists()]
     return {

@@ -137,6 +137,9 @@ class Lifelong(EditMethod):
             found += [(role, block) for block in between((first, last), count)]
         return tuple(found)
 
+    def layers(self, count: int) -> tuple[int, ...]:
+        return tuple(sorted({block for _, block in self.places(count)}))
+
     def _given(self) -> dict[str, tuple[int, ...]]:
         named = {GATE: self.config.gate, UP: self.config.up, OUT: self.config.out}
         return {role: blocks for role, blocks in named.items() if blocks}

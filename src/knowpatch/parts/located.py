@@ -70,7 +70,7 @@ class LocatedConfig(MethodConfig):
         None, ge=1, description="or when the target led in every context in so many steps (ENCORE)"
     )
     anchor: Literal["scale", "cap"] | None = Field(
-        None, description="values of the norm that pilot edits have (NAS); cap: never longer"
+        None, description="scale: values as long as pilot edits' (NAS); cap: never longer"
     )
     sparse: float | None = Field(
         None, gt=0, le=1, description="share of the change's entries to keep (RECT); makes it dense"

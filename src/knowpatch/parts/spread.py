@@ -55,7 +55,7 @@ class SpreadConfig(LocatedConfig):
         0.5, gt=0, lt=1, description="share of a pilot fact's residual that a layer's solve writes"
     )
     weight: float | None = Field(
-        None, gt=0, description="of what to leave alone, itself (lambda, L2); by default from gain"
+        None, gt=0, description="of what to leave alone, itself (lambda, L2), in place of gain"
     )
     clamp: float = Field(2.0, gt=0, description="how far the value may move, in its own length")
 

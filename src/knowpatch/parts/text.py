@@ -166,6 +166,8 @@ def _summaries() -> Text | None:
 def _file(path: Path) -> Text:
     if not path.is_file() or path.suffix.lower() not in PLAIN + NESTED:
         raise DataError(f"{path}: text is read from {', '.join(PLAIN + NESTED)} files")
+    if not read_bytes(path, DataError).strip():
+        raise DataError(f"{path}: is empty, so it holds no text")
     return Text(path.name, _digest(path), (path,))
 
 

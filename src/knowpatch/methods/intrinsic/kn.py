@@ -158,10 +158,11 @@ class Kn(EditMethod):
         deltas = [self._delta(view, layer, changes) for layer in layers]
         return self.patch(view, requests, deltas=deltas)
 
+    def layers(self, count: int) -> tuple[int, ...]:
+        return self.config.layers or tuple(range(count))
+
     def check(self, view: ModelView) -> None:
         super().check(view)
-        for layer in self.config.layers or ():
-            view.roles.linear(ROLE, layer)
         width = view.parameter(self._vectors(view)).shape[1]
         if self.config.action in (None, "write") and width != view.roles.hidden_size:
             raise ModelError(

@@ -107,8 +107,8 @@ class Unke(EditMethod):
             )
         ]
 
-    def _layer(self, blocks: int) -> int:
-        return at_depth(DEPTH, blocks, self.config.layer)
+    def layers(self, count: int) -> tuple[int, ...]:
+        return (at_depth(DEPTH, count, self.config.layer),)
 
     def _answer(self, view: ModelView, request: EditRequest) -> LongAnswer:
         prompt, answer = self.encode(view, request)
@@ -123,7 +123,8 @@ class Unke(EditMethod):
             kl_factor=0.0,
             dtype=fast_dtype(view.device) if self.config.precision == "auto" else None,
         )
-        block = view.roles.blocks[self._layer(len(view.roles.blocks))]
+        (layer,) = self.layers(len(view.roles.blocks))
+        block = view.roles.blocks[layer]
         return window_values(view, block.module, answers, settings, self.progress)
 
     def _trained(
@@ -139,7 +140,7 @@ class Unke(EditMethod):
             Moved(answer.ids, len(answer.prompt), answer.positions, delta_1D)
             for answer, delta_1D in zip(answers, deltas, strict=True)
         ]
-        layer = self._layer(len(view.roles.blocks))
+        (layer,) = self.layers(len(view.roles.blocks))
         changes = train_block(
             view, layer, moved, preserved, self.config, seed=self.seed, progress=self.progress
         )

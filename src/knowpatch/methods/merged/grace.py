@@ -66,10 +66,13 @@ class Grace(EditMethod):
     roles = ("mlp.out",)
     Config = GraceConfig
 
+    def layers(self, count: int) -> tuple[int, ...]:
+        return (at_depth(DEPTH, count, self.config.layer),)
+
     def prepare(self, view: ModelView) -> _Prepared:
         if self.config.radius is not None:
             return _Prepared(self.config.radius)
-        layer = at_depth(DEPTH, len(view.roles.blocks), self.config.layer)
+        (layer,) = self.layers(len(view.roles.blocks))
         found = scope.key_scope(view, "mlp.out", layer, self.progress)
         return _Prepared(0.5 * min(found.near, found.far))
 
