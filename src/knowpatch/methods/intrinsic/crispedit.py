@@ -51,8 +51,9 @@ class CrispConfig(TunedConfig):
     layers: Layers | None = Field(
         None, description="blocks to edit, as 17-21; by default 17/30 to 21/30 of the depth"
     )
+    steps: int = Field(60, ge=1, description="passes over the requests, at most")
     energy: float = Field(
-        0.9, gt=0, lt=1, description="share of the curvature whose directions are left alone"
+        0.95, gt=0, lt=1, description="share of the curvature whose directions are left alone"
     )
     constrain: Literal["change", "gradient"] = Field(
         "change", description="what stays inside: the change, or the gradient alone (published)"
