@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from knowpatch.models.batch import Batch, Place
+from knowpatch.models.batch import Batch, Place, gathered
 from knowpatch.models.hooks import (
     Hook,
     Reached,
@@ -83,31 +83,20 @@ class Above:
         """What enters the block, row by row (T, D); and what stands for the blocks below."""
         found: dict[int, Tensor] = {}
         output = None
-        for numbers in self._gathered():
+        for numbers in gathered([len(row) for row in self._rows], TOGETHER):
             batch = self._batch(numbers)
             forward = partial(self._twin, **batch.inputs(), use_cache=False)
-            output = output_of(below[-1], forward, self._beside(numbers, batch))
+            output = output_of(below[-1], forward, self._beside(numbers))
             states_BTD = output[0] if isinstance(output, tuple) else output
             for number, states_TD in zip(numbers, states_BTD, strict=True):
                 found[number] = states_TD[: len(self._rows[number])].clone()
         return [found[number] for number in range(len(self._rows))], Known(below, output)
 
-    def _gathered(self) -> Iterator[list[int]]:
-        """The rows, like lengths together."""
-        order = sorted(range(len(self._rows)), key=lambda i: len(self._rows[i]))
-        numbers: list[int] = []
-        for number in order:
-            if numbers and (len(numbers) + 1) * len(self._rows[number]) > TOGETHER:
-                yield numbers
-                numbers = []
-            numbers.append(number)
-        yield numbers
-
     def _batch(self, numbers: Sequence[int]) -> Batch:
         rows = [self._rows[number] for number in numbers]
         return Batch.of(rows, pad=0, side="right", device=self._view.device)
 
-    def _beside(self, numbers: Sequence[int], batch: Batch) -> list[Hook]:
+    def _beside(self, numbers: Sequence[int]) -> list[Hook]:
         lasts = [self._ends[number] - 1 for number in numbers]
         return self._view.beside(lasts, model=self._twin).hooks()
 
@@ -140,7 +129,7 @@ class Above:
             states = [self._states[number] for number in numbers]
             self._known.give(pad_sequence(states, batch_first=True))
         logits = torch.empty(0)
-        hooks = [*self._beside(numbers, batch), *hooks]
+        hooks = [*self._beside(numbers), *hooks]
         weighed = self._weighed(weights or {})
         with registered(hooks), weighed, torch.enable_grad(), contextlib.suppress(Reached):
             logits = self._twin(**batch.inputs(), use_cache=False).logits.float()

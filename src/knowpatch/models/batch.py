@@ -65,6 +65,16 @@ class Batch:
         return Batch(self.ids_BT[index, :width], self.mask_BT[index, :width], (0,) * len(rows))
 
 
+def gathered(lengths: Sequence[int], most: int) -> list[list[int]]:
+    """Numbers of rows that run together: like lengths, `most` tokens at most, padding included."""
+    groups: list[list[int]] = []
+    for number in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if not groups or (len(groups[-1]) + 1) * lengths[number] > most:
+            groups.append([])
+        groups[-1].append(number)
+    return groups
+
+
 def last_columns(ids_BT: Tensor, mask_BT: Tensor | None) -> list[int]:
     """The column of each row's last token."""
     columns_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand(ids_BT.shape)

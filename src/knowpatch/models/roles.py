@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from knowpatch.deltas import Address
+from knowpatch.deltas import Address, LowRank
 from knowpatch.errors import ModelError
 
 ATTENTION = ("self_attn", "attn", "attention", "self_attention")
@@ -50,6 +50,12 @@ class LinearRole:
     def oriented(self, stored: Tensor) -> Tensor:
         """A stored weight, or a change of one, as (out, in); and back again."""
         return stored.T if self.stored_in_out else stored
+
+    def factored(self, left: Tensor, right: Tensor) -> LowRank:
+        """A change left (out, K) @ right (K, in), float32, as it is stored."""
+        if self.stored_in_out:
+            left, right = right.T, left.T
+        return LowRank(left.float().contiguous(), right.float().contiguous())
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from knowpatch.errors import EditError
 from knowpatch.files import kept_in, write_atomically
 from knowpatch.method import MethodConfig, Preparation
 from knowpatch.models.above import Above
+from knowpatch.models.batch import gathered
 from knowpatch.models.passes import Ids, Tap
 from knowpatch.models.view import ModelView
 from knowpatch.parts.text import ROW_TOKENS, find_text, packed_rows
@@ -175,7 +176,7 @@ def _goals(
     others = sum(len(one.ids) for one in moved) - edited
     kept = sum(map(len, preserved))
     goals = []
-    for numbers in _batches(rows):
+    for numbers in gathered([len(row) for row in rows], TOGETHER):
         places = [(row, at) for row, n in enumerate(numbers) for at in range(len(rows[n]))]
         wanted_MD = above.run(numbers, taps=[tap]).at(tap, places).detach()
         weights, start = [], 0
@@ -197,17 +198,6 @@ def _moves(moved: Sequence[Moved], number: int) -> tuple[Sequence[int], Any]:
     if number >= len(moved):
         return (), ()
     return moved[number].positions, moved[number].deltas_JD
-
-
-def _batches(rows: Sequence[Ids]) -> Iterator[list[int]]:
-    """Numbers of rows that run together, like lengths beside each other."""
-    numbers: list[int] = []
-    for number in sorted(range(len(rows)), key=lambda i: len(rows[i])):
-        if numbers and (len(numbers) + 1) * len(rows[number]) > TOGETHER:
-            yield numbers
-            numbers = []
-        numbers.append(number)
-    yield numbers
 
 
 # -- what is preserved -----------------------------------------------------------------------------

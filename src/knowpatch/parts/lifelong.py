@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from knowpatch.deltas import LowRank, WeightDelta
+from knowpatch.deltas import WeightDelta
 from knowpatch.errors import EditError
 from knowpatch.files import kept_in, write_atomically
 from knowpatch.method import Cost, EditMethod, MethodConfig, Preparation, Shape
@@ -304,15 +304,10 @@ class Lifelong(EditMethod):
     def _deltas(
         self, view: ModelView, maps: Mapping[str, LinearRole], sums: Mapping[str, Factors]
     ) -> list[WeightDelta]:
-        deltas = []
-        for name, (left_OR, right_RI) in sums.items():
-            role = maps[name]
-            left, right = left_OR, right_RI
-            if role.stored_in_out:
-                left, right = right.T, left.T
-            low = LowRank(left.float().contiguous(), right.float().contiguous())
-            deltas.append(self.delta(view, role.address, low))
-        return deltas
+        return [
+            self.delta(view, maps[name].address, maps[name].factored(left_OR, right_RI))
+            for name, (left_OR, right_RI) in sums.items()
+        ]
 
 
 def _joined(before: Factors | None, more: Factors) -> Factors:

@@ -21,7 +21,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from knowpatch.deltas import Dense, LowRank, WeightDelta
+from knowpatch.deltas import Dense, WeightDelta
 from knowpatch.errors import EditError
 from knowpatch.files import kept_in, write_atomically
 from knowpatch.method import Cost, EditMethod, MethodConfig, Preparation, Shape
@@ -258,10 +258,7 @@ class Located(EditMethod):
             weight_DI = view.weight(role).cpu().double()
             whole = rect(left_DF @ right_FI, weight_DI, self.config.sparse)
             return self.delta(view, role.address, Dense(role.oriented(whole).float().contiguous()))
-        if role.stored_in_out:
-            left_DF, right_FI = right_FI.T, left_DF.T
-        low = LowRank(left_DF.float().contiguous(), right_FI.float().contiguous())
-        return self.delta(view, role.address, low)
+        return self.delta(view, role.address, role.factored(left_DF, right_FI))
 
     def guard(self, view: ModelView, layer: int) -> Tensor | None:
         """Directions that no change of a layer may read from, if the map is protected."""

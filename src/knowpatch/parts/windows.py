@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from knowpatch.errors import EditError
+from knowpatch.models.batch import gathered
 from knowpatch.models.passes import Tap
 from knowpatch.models.view import ModelView
 from knowpatch.parts.onward import LongAnswer, Passes, passes_over
@@ -49,7 +50,7 @@ def window_values(
         EditError: a loss that is not finite.
     """
     found: dict[int, Tensor] = {}
-    for numbers in _together(answers):
+    for numbers in gathered([len(answer.ids) for answer in answers], TOGETHER):
         group = _Group(view, module, [answers[number] for number in numbers], settings)
         windows = max(len(answers[number].windows) for number in numbers)
         for window in range(windows):
@@ -59,16 +60,6 @@ def window_values(
         found.update(zip(numbers, map(torch.stack, group.deltas), strict=True))
     progress("optimising values", len(answers), len(answers))
     return [found[number] for number in range(len(answers))]
-
-
-def _together(answers: Sequence[LongAnswer]) -> list[list[int]]:
-    """Numbers of answers that run together: like lengths, not too many tokens."""
-    groups: list[list[int]] = []
-    for number in sorted(range(len(answers)), key=lambda i: len(answers[i].ids)):
-        if not groups or (len(groups[-1]) + 1) * len(answers[number].ids) > TOGETHER:
-            groups.append([])
-        groups[-1].append(number)
-    return groups
 
 
 class _Group:

@@ -29,7 +29,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from knowpatch.deltas import LowRank, WeightDelta
+from knowpatch.deltas import WeightDelta
 from knowpatch.errors import EditError, ModelError, OptionError, RequestError
 from knowpatch.method import Cost, EditMethod, MethodConfig, Shape, register
 from knowpatch.models.passes import Ids
@@ -184,7 +184,7 @@ class Kn(EditMethod):
 
     def cost(self, shape: Shape, lengths: Sequence[int]) -> Cost:
         # From each layer up, which is half of the depth on average, one token a point.
-        layers = len(self.config.layers or range(shape.layers))
+        layers = len(self.layers(shape.layers))
         points = layers * self.config.points // 2 * len(lengths)
         return Cost(points + 2 * sum(lengths), points, extra_bytes=4 * shape.hidden * shape.inner)
 
@@ -286,10 +286,7 @@ class Kn(EditMethod):
             pairs.append((factor * weight_DI[:, index], only_I))
         left_DK = torch.stack([left_D for left_D, _ in pairs], dim=1)
         right_KI = torch.stack([right_I for _, right_I in pairs])
-        if role.stored_in_out:
-            left_DK, right_KI = right_KI.T, left_DK.T
-        change = LowRank(left_DK.contiguous(), right_KI.contiguous())
-        return self.delta(view, role.address, change)
+        return self.delta(view, role.address, role.factored(left_DK, right_KI))
 
     def _weights(self, weight_DI: Tensor, layer: int, found: Found) -> Tensor:
         """How much of a direction each slot of a block gets, (I)."""
