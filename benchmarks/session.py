@@ -17,9 +17,9 @@ from pairs import Pair, arguments, measure, report
 from knowpatch import Patch, __version__, load
 from knowpatch.deltas import LowRank, WeightDelta
 from knowpatch.models.passes import Scored
+from knowpatch.parts.kinds.codebook import codebook
 from knowpatch.parts.memory import Memory
 from knowpatch.parts.spans import continuation
-from knowpatch.parts.wraps import codebook
 from knowpatch.patch import Provenance
 from knowpatch.probes import controls
 

@@ -605,6 +605,24 @@ def test_ask_for_a_few_tokens(folder: Path, tmp_path: Path) -> None:
     assert run("ask", FRANCE[1], *short, cwd=tmp_path).json()["without"] == "Paris"
 
 
+def test_why_an_answer_is_what_it_is(patch: Path, folder: Path, tmp_path: Path) -> None:
+    """`--why` says which patch acted: weights always, a codebook by its distance, or not."""
+    egypt = ("edit", "The capital of Egypt is", "--target", "Paris", "--out", "egypt")
+    assert run(*egypt, "--method", "grace", "--model", folder, cwd=tmp_path).code in (0, 1)
+    both = ("--patch", patch, "--patch", "egypt", "--model", folder, "--why")
+    asked = run("ask", "The capital of Egypt is", *both, "--json", cwd=tmp_path).json()
+    weights, book = asked["why"]
+    assert (weights["how"], weights["fired"]) == ("weights", True)
+    assert (book["how"], book["fired"], book["measure"]) == ("codebook@1", True, "distance")
+    assert book["score"] <= book["threshold"]
+    missed = run("ask", FRANCE[1], *both, "--json", cwd=tmp_path).json()["why"][1]
+    assert not missed["fired"]
+    assert missed["score"] > missed["threshold"]
+    shown = run("ask", "The capital of Egypt is", *both, cwd=tmp_path).out
+    assert "acts on every answer: it changes weights" in shown
+    assert "(grace) fired: distance" in shown
+
+
 # -- methods ---------------------------------------------------------------------------------------
 
 

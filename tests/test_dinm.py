@@ -9,7 +9,7 @@ import torch
 from knowpatch.deltas import Dense, WeightDelta
 from knowpatch.edited import EditedModel
 from knowpatch.editing import choose, edit
-from knowpatch.parts.tuned import Passes
+from knowpatch.parts.tuned import passes_over
 from knowpatch.request import EditRequest
 
 BAD = EditRequest(
@@ -28,7 +28,7 @@ def _passes(view, method, layer=2):
     change = method.change(view, role, None, None)
     besides = method.besides(view)
     examples = method.examples(view, BAD)
-    passes = Passes(view, [(role, change)], examples, besides)
+    passes = passes_over(view, [(role, change)], examples, besides)
     return role, change, examples, besides, passes
 
 
@@ -37,9 +37,9 @@ def test_the_loss_is_the_cards(known, method):
     view = known("llama").view
     role, change, examples, besides, passes = _passes(view, method)
     made = torch.Generator().manual_seed(0)
-    noise = 0.05 * torch.randn(change.leaf.shape, generator=made)
+    noise = 0.05 * torch.randn(change.leaves[0].shape, generator=made)
     with torch.no_grad():
-        change.leaf.add_(noise)
+        change.leaves[0].add_(noise)
     found = [float(part.detach()) for part in (method.loss(passes, [0]), passes.drift())]
 
     def logits(example, tried):
@@ -62,9 +62,9 @@ def test_the_kl_term_has_a_gradient(known, method):
     view = known("llama").view
     _, change, _, _, passes = _passes(view, method)
     with torch.no_grad():
-        change.leaf.add_(0.05 * torch.randn(change.leaf.shape))
-    (drift,) = torch.autograd.grad(10 * passes.drift(), change.leaf)
-    (alone,) = torch.autograd.grad(method.loss(passes, [0]), change.leaf)
+        change.leaves[0].add_(0.05 * torch.randn(change.leaves[0].shape))
+    (drift,) = torch.autograd.grad(10 * passes.drift(), change.leaves[0])
+    (alone,) = torch.autograd.grad(method.loss(passes, [0]), change.leaves[0])
     assert drift.norm() > 1e-2 * alone.norm()
 
 

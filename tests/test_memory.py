@@ -27,9 +27,10 @@ from knowpatch.errors import OptionError, PatchError
 from knowpatch.models.passes import Tap
 from knowpatch.models.view import ModelView
 from knowpatch.parts import scope
+from knowpatch.parts.kinds.codebook import CODEBOOK, Codebook, codebook
 from knowpatch.parts.memory import MARGIN, Memory, grown
 from knowpatch.parts.spans import continuation
-from knowpatch.parts.wraps import CODEBOOK, codebook, join
+from knowpatch.parts.wraps import Tokens, join
 from knowpatch.patch import HEADER, Patch, Provenance, Wrap
 from knowpatch.probes import ABOUT, LEAD_INS, controls, subjects
 from knowpatch.request import EditRequest
@@ -80,9 +81,15 @@ def _found(kept, query):
     return kept[near][3] if gaps[near] <= kept[near][1] else -1
 
 
+def _hit(memory, queries_QI):
+    """Which entry of the library's codebook answers at each query."""
+    yes = torch.ones(len(queries_QI), 1, dtype=torch.bool)
+    return Codebook(memory).decide(Tokens(queries_QI[:, None], yes.long(), yes, yes)).entries
+
+
 def _answers(memory, queries):
     """The same, of the library's memory."""
-    hits = memory.hit(torch.tensor(queries, dtype=torch.float32)).tolist()
+    hits = _hit(memory, torch.tensor(queries, dtype=torch.float32)).tolist()
     return [int(memory.values_ND[hit, 0]) if hit >= 0 else -1 for hit in hits]
 
 
@@ -187,7 +194,7 @@ def test_folding_is_the_plain_sequence(size, data):
     assert _answers(folded, queries) == [_found(kept, query) for query in queries]
     cut = data.draw(st.integers(1, len(entries) - 1))
     wraps = [codebook("m", memories[:cut]), codebook("m", memories[cut:])]
-    (joined,) = join(wraps)
+    ((joined, _),) = join(wraps)
     assert _same(joined.memory, kept)
 
 
@@ -201,12 +208,12 @@ def test_dropping_an_entry_is_never_having_had_it(size, data):
     before = [{n: t.clone() for n, t in wrap.tensors.items()} for wrap in wraps]
     join(wraps)
     for out in range(len(entries)):
-        (joined,) = join([*wraps[:out], *wraps[out + 1 :]])
+        ((joined, _),) = join([*wraps[:out], *wraps[out + 1 :]])
         kept = _plain([*entries[:out], *entries[out + 1 :]])
         for entry in kept:
             entry[3] += entry[3] >= out
         assert _same(joined.memory, kept)
-    (again,) = join(wraps)
+    ((again, _),) = join(wraps)
     assert _same(again.memory, _plain(entries))
     for wrap, tensors in zip(wraps, before, strict=True):
         assert all(torch.equal(wrap.tensors[name], tensors[name]) for name in tensors)
@@ -226,7 +233,7 @@ def test_a_thousand_entries_are_one():
     wanted = [_found(kept, query) for query in queries]
     assert len(set(wanted)) > 10
     for wraps in ([whole], [codebook("m", [memory]) for memory in memories]):
-        (joined,) = join(wraps)
+        ((joined, _),) = join(wraps)
         assert _same(joined.memory, kept)
         assert _answers(joined.memory, queries) == wanted
 
@@ -240,7 +247,7 @@ def test_a_key_that_widened_an_entry_is_answered():
         memory = grown([_one(key.tolist(), 0.6 * gap, (1,)) for key in keys])
         assert len(memory.labels) == 1
         moved = keys[1:] + 1e-6 * torch.randn(3, 96, generator=made)
-        assert memory.hit(torch.cat([keys, moved])).tolist() == [0] * 5
+        assert _hit(memory, torch.cat([keys, moved])).tolist() == [0] * 5
 
 
 @pytest.mark.parametrize("moved", [0.0, 1e-6])
@@ -262,12 +269,12 @@ def test_what_a_query_finds_does_not_depend_on_those_beside_it():
     way = torch.nn.functional.normalize(torch.randn(60, 96, generator=made))
     at = torch.tensor([4.99999, 5.0, 5.00001]).repeat(20)[:, None]
     queries = keys.repeat(2, 1)[:60] + at * way
-    hits, (gaps, _) = memory.hit(queries), memory.nearest(queries)
+    hits, (gaps, _) = _hit(memory, queries), memory.nearest(queries)
     assert 0 < int((hits >= 0).sum()) < 60
     draw = random.Random(0)
     for _ in range(100):
         some = draw.choices(range(60), k=draw.randint(1, 9))
-        assert torch.equal(memory.hit(queries[some]), hits[some])
+        assert torch.equal(_hit(memory, queries[some]), hits[some])
         assert torch.equal(memory.nearest(queries[some])[0], gaps[some])
 
 
@@ -842,8 +849,8 @@ def test_neighbours_get_their_radii_back(graced):
 
     def hits(share, patches):
         """Whether the first entry answers at this share of the way to the second one's key."""
-        (joined,) = join([wrap for patch in patches for wrap in patch.wraps])
-        return int(joined.memory.hit((key + share * toward)[None])[0]) == 0
+        ((joined, _),) = join([wrap for patch in patches for wrap in patch.wraps])
+        return int(_hit(joined.memory, (key + share * toward)[None])[0]) == 0
 
     assert [hits(0.4, patches) for patches in ([first], [first, second])] == [True, True]
     assert [hits(0.6, patches) for patches in ([first], [first, second])] == [True, False]
@@ -854,13 +861,15 @@ def test_a_batch_hits_what_its_requests_hit_alone(graced):
     model, singles = graced
     config = singles[0].provenance.config
     together = edit(model, [FRANCE, JAPAN, NILE], method="grace", options=config)
-    (one,), (three,) = join(together.wraps), join([w for p in singles for w in p.wraps])
+    ((one, _),) = join(together.wraps)
+    ((three, _),) = join([w for p in singles for w in p.wraps])
     assert one.memory.labels == three.memory.labels
     assert torch.allclose(one.memory.keys_NI, three.memory.keys_NI, atol=1e-4)
     assert torch.allclose(one.memory.radii_N, three.memory.radii_N, atol=1e-4)
     queries = torch.cat([_key(model, prompt, 3) for prompt in (*tiny.FACTS, "The", "Anna")])
-    assert torch.equal(one.decide(queries), three.decide(queries))
-    assert len(set(one.decide(queries).tolist())) > 2
+    found = [_hit(joined.memory, queries).tolist() for joined in (one, three)]
+    assert found[0] == found[1]
+    assert len(set(found[0])) > 2
     with model.applied(together):
         for request in (FRANCE, JAPAN, NILE):
             assert _said(model, request.prompt) == request.target

@@ -24,9 +24,9 @@ from knowpatch.editing import edit, load
 from knowpatch.errors import ForeignModelError, OptionError, PatchError
 from knowpatch.models.fingerprint import tensor_digest
 from knowpatch.models.passes import Tap
+from knowpatch.parts.kinds.codebook import codebook
 from knowpatch.parts.memory import Memory
 from knowpatch.parts.spans import continuation
-from knowpatch.parts.wraps import codebook
 from knowpatch.patch import Patch
 from knowpatch.request import EditRequest
 

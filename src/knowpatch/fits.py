@@ -9,7 +9,7 @@ from knowpatch.deltas import WeightDelta
 from knowpatch.errors import ForeignModelError, PatchError
 from knowpatch.models.view import ModelView
 from knowpatch.parts.rules import check_rule
-from knowpatch.parts.wraps import check_wrap
+from knowpatch.parts.wraps import Site, check_wrap
 from knowpatch.patch import Patch
 
 
@@ -35,20 +35,25 @@ def check_fits(
         )
     if patch.rule is not None:
         check_rule(patch.rule)
-    for wrap in patch.wraps:
-        check_wrap(wrap, _map_shape(view, wrap.module))
+    if patch.wraps:
+        shapes = _shapes(view)
+        for wrap in patch.wraps:
+            check_wrap(wrap, shapes, view.source)
     for delta in patch.deltas:
         _check_delta(delta, view, canonical, tied)
 
 
-def _map_shape(view: ModelView, module: str) -> tuple[int, int]:
-    """Output and input size of the linear map at `module`."""
+def _shapes(view: ModelView) -> dict[Site, dict[str, tuple[int, int]]]:
+    """Output and input size of all that a wrap may sit on."""
+    found: dict[Site, dict[str, tuple[int, int]]] = {"linear": {}, "mlp": {}}
+    size = view.roles.hidden_size
     for block in view.roles.blocks:
         for role in block.linears.values():
-            if role.module == module:
-                out, into = role.oriented(view.parameter(role.address.parameter)).shape
-                return int(out), int(into)
-    raise PatchError(f"the patch wraps {module!r}, no linear map of {view.source}")
+            out, into = role.oriented(view.parameter(role.address.parameter)).shape
+            found["linear"][role.module] = int(out), int(into)
+        if block.mlp is not None:
+            found["mlp"][block.mlp] = size, size
+    return found
 
 
 def _check_delta(

@@ -158,6 +158,10 @@ class EditMethod(ABC):
         """What `prepare` keeps on disk for a model of this shape."""
         return []
 
+    def shown(self, prepared: Any) -> list[str]:
+        """What was prepared that a person should see, in lines: how a threshold was found, say."""
+        return []
+
     def cost(self, shape: Shape, lengths: Sequence[int]) -> Cost:
         """What `edit` needs for requests of these lengths (tokens of prompt and target)."""
         return Cost(sum(lengths))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -10,12 +11,19 @@ from rich.markup import escape
 from knowpatch.cli import screen
 from knowpatch.cli.options import Device, Dtype, Json, Model, Patches, read_patches
 
+if TYPE_CHECKING:
+    from knowpatch.models.sites import Firing
+    from knowpatch.patch import Patch
+
 
 def run(
     prompt: Annotated[str, typer.Argument(help="The question, or the beginning of a text.")],
     patch: Patches = None,
     model: Model = None,
     chat: Annotated[bool, typer.Option("--chat", help="Ask through the chat template.")] = False,
+    why: Annotated[
+        bool, typer.Option("--why", help="Say which patch acted on the answer, and by what score.")
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer.")] = 32,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -25,6 +33,7 @@ def run(
     from knowpatch.ask import Ask
     from knowpatch.editing import load
     from knowpatch.errors import InputError
+    from knowpatch.models.sites import listening
 
     if not prompt.strip():
         raise InputError("the prompt is empty; give a question")
@@ -42,23 +51,74 @@ def run(
             return future.result().text.strip()
 
         without = said()
-        with edited.applied(*patches):
+        with edited.applied(*patches), listening() as heard:
             changed = said() if patches else None
+    facts: dict[str, Any] = {
+        "model": edited.view.source,
+        "prompt": prompt,
+        "patches": [item.id for item in patches],
+        "without": without,
+        "with": changed,
+    }
+    if why:
+        facts["why"] = reasons(patches, heard)
     if as_json:
-        screen.print_json(
-            {
-                "model": edited.view.source,
-                "prompt": prompt,
-                "patches": [item.id for item in patches],
-                "without": without,
-                "with": changed,
-            }
-        )
+        screen.print_json(facts)
         return
+    _show(facts)
+
+
+def reasons(patches: Sequence[Patch], heard: Sequence[Firing]) -> list[dict[str, Any]]:
+    """For each patch what it did to the answer: the first word of each of its wraps counts."""
+    found: list[dict[str, Any]] = []
+    for patch in patches:
+        mine = {"patch": patch.id, "method": patch.provenance.method}
+        if patch.deltas:
+            found.append({**mine, "how": "weights", "fired": True})
+        if patch.rule is not None:
+            found.append({**mine, "how": patch.rule.kind, "fired": True})
+        said = [firing for firing in heard if firing.patch == patch]
+        for kind in dict.fromkeys(wrap.kind for wrap in patch.wraps):
+            told = sorted((f for f in said if f.kind == kind), key=lambda f: not f.fired)
+            found += [{**mine, "how": kind, "fired": False}] if not told else []
+            found += [
+                {
+                    **mine,
+                    "how": kind,
+                    "fired": first.fired,
+                    "measure": first.measure,
+                    "score": first.score,
+                    "threshold": first.threshold,
+                    "module": first.module,
+                }
+                for first in told[:1]
+            ]
+    return found
+
+
+def _show(facts: dict[str, Any]) -> None:
     console = screen.out()
-    console.print(f"[dim]{escape(edited.view.source)}[/]")
-    console.print("[bold]without[/]" if patches else "[bold]answer[/]")
-    console.print(without, markup=False)
-    if changed is not None:
-        console.print("\n[bold]with " + ", ".join(item.id[:12] for item in patches) + "[/]")
-        console.print(changed, markup=False)
+    console.print(f"[dim]{escape(facts['model'])}[/]")
+    console.print("[bold]without[/]" if facts["patches"] else "[bold]answer[/]")
+    console.print(facts["without"], markup=False)
+    if facts["with"] is not None:
+        console.print("\n[bold]with " + ", ".join(item[:12] for item in facts["patches"]) + "[/]")
+        console.print(facts["with"], markup=False)
+    if "why" in facts:
+        console.print("\n[bold]why[/]" if facts["why"] else "\n[bold]why[/] no patch was given")
+    for reason in facts.get("why", ()):
+        console.print("  " + _line(reason), markup=False, soft_wrap=True)
+
+
+def _line(reason: Mapping[str, Any]) -> str:
+    name = f"{reason['patch'][:12]} ({reason['method']})"
+    if reason["how"] == "weights":
+        return f"{name} acts on every answer: it changes weights"
+    if "score" not in reason:
+        did = (
+            "was put before the question" if reason["fired"] else "was not asked: others are nearer"
+        )
+        return f"{name} {did} ({reason['how']})"
+    did = "fired" if reason["fired"] else "did not fire"
+    score, threshold = reason["score"], reason["threshold"]
+    return f"{name} {did}: {reason['measure']} {score:.3g}, threshold {threshold:.3g}"

@@ -90,10 +90,15 @@ def _prepare(method: EditMethod, name: str | None, device: str, dtype: str) -> d
         method.check(view)
         items = method.preparations(shape_of(view.model.config.to_dict(), view.fingerprint))
         before, begun, loaded = _changes(items), time(), perf_counter()
-        method.prepare(view)
+        shown = method.shown(method.prepare(view))
         done = perf_counter()
     seconds = {"load": round(loaded - start, 3), "prepare": round(done - loaded, 3)}
-    return {"first": None, "items": _items(items, before, begun), "seconds": seconds}
+    return {
+        "first": None,
+        "items": _items(items, before, begun),
+        "shown": shown,
+        "seconds": seconds,
+    }
 
 
 def _changes(items: Sequence[Preparation]) -> dict[Path, float]:
@@ -160,5 +165,7 @@ def _show(facts: dict[str, Any]) -> None:
         how = "was there" if item["there"] else f"made in {item['seconds'] or 0:.1f} s"
         console.print(f"kept    {escape(item['what'])}: {size}, {how}", soft_wrap=True)
         console.print(f"        {escape(item['path'])}", style="dim", soft_wrap=True)
+    for line in facts["shown"]:
+        console.print(f"        {escape(line)}", soft_wrap=True)
     spent = facts["seconds"]
     console.print("time    " + ", ".join(f"{name} {value:.1f} s" for name, value in spent.items()))

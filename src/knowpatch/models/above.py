@@ -22,13 +22,15 @@ from knowpatch.models.batch import Batch, Place, gathered
 from knowpatch.models.hooks import (
     Hook,
     Reached,
+    acting,
     choosing,
     registered,
     shifting,
     tapping,
 )
 from knowpatch.models.known import Known, output_of
-from knowpatch.models.passes import Run, Shift, Tap
+from knowpatch.models.passes import Act, Run, Shift, Tap
+from knowpatch.models.sites import sources
 from knowpatch.models.twin import twin
 from knowpatch.models.view import ModelView
 
@@ -70,7 +72,9 @@ class Above:
         self._head = self._twin.get_submodule(view.roles.head)
         self._states: list[Tensor] | None = None
         bytes_ = 4 * view.roles.hidden_size * sum(map(len, self._rows))
-        if block > 0 and bytes_ <= HELD and (not probe or _holds(view, block)):
+        deciding = [view.roles.block_of(path) for path in sources(view.carried)]
+        fits = bytes_ <= HELD and block <= min(deciding, default=block)
+        if block > 0 and fits and (not probe or _holds(view, block)):
             below = [self._twin.get_submodule(part.module) for part in view.roles.blocks[:block]]
             self._states, self._known = self._read(below)
 
@@ -108,6 +112,7 @@ class Above:
         logits_at: Sequence[Place] = (),
         taps: Sequence[Tap] = (),
         shifts: Sequence[Shift] = (),
+        acts: Sequence[Act] = (),
     ) -> Run:
         """One pass over the rows of these numbers, with a graph for what requires grad.
 
@@ -117,11 +122,13 @@ class Above:
                 with none the pass ends as soon as every tap has been seen.
             taps, shifts: as `ModelView.run` takes them. A shift of the block below the lowest one
                 moves what enters that.
+            acts: what modules in the blocks that run put out instead.
         """
         batch = self._batch(numbers)
         tapped: dict[Tap, Tensor] = {}
         part = self._twin.get_submodule
         hooks = [shifting(part(shift.module), batch, shift) for shift in shifts]
+        hooks += [acting(part(act.module), batch, act, numbers) for act in acts]
         last = None if logits_at else len(taps)
         hooks += [tapping(part(tap.module), batch, tap, tapped, last) for tap in taps]
         hooks.append(choosing(self._head, batch, logits_at))

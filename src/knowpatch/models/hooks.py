@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from knowpatch.models.batch import Batch, Place
-from knowpatch.models.passes import Shift, Tap
+from knowpatch.models.passes import Act, Shift, Tap
 
 Hook = Callable[[], Any]
 """Registers a hook and returns its handle."""
@@ -47,6 +47,16 @@ def shifting(module: nn.Module, batch: Batch, shift: Shift) -> Hook:
         return (moved, *output[1:]) if isinstance(output, tuple) else moved
 
     return lambda: module.register_forward_hook(add)
+
+
+def acting(module: nn.Module, batch: Batch, act: Act, rows: Sequence[int]) -> Hook:
+    """Let an act say what the module puts out."""
+
+    def put(module: nn.Module, args: Any, output: Any) -> Any:
+        acted = act.function(_by_row(args[0], batch), _by_row(output, batch), rows)
+        return acted.to(output.dtype).reshape(output.shape)
+
+    return lambda: module.register_forward_hook(put)
 
 
 def tapping(

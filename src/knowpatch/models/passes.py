@@ -6,7 +6,7 @@ Axes: B rows, T columns, M asked places, V vocabulary, D width of a module's out
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -52,6 +52,15 @@ class Shift:
     module: str
     places: Sequence[Place]
     delta_MD: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Act:
+    """What the module at `module` puts out instead: `function` of what enters it (B, T, I), what it
+    puts out (B, T, D), and the numbers of the pass's rows."""
+
+    module: str
+    function: Callable[[Tensor, Tensor, Sequence[int]], Tensor]
 
 
 @dataclass(frozen=True, eq=False)

@@ -81,7 +81,7 @@ def passes(
     view.limits.check(max(len(row.ids) for row in rows), view.source)
     modules = tuple(modules)
     attention = holding(view, modules)
-    fits = view.limits.reads_in_pieces(max(len(row.ids) for row in rows), 3)
+    fits = view.reads_in_pieces(max(len(row.ids) for row in rows), 3)
     if attention is None or not fits:
         return Whole(view, modules, rows, places)
     return Replay(view, modules, rows, places, dtype=dtype, attention=attention)

@@ -60,11 +60,16 @@ class LinearRole:
 
 @dataclass(frozen=True)
 class Block:
-    """One decoder block: its path, the linear maps that it has, and why it lacks the others."""
+    """One decoder block: its path, the linear maps that it has, and why it lacks the others.
+
+    Attributes:
+        mlp: path of the module that is its whole MLP; None where its maps sit in the block itself.
+    """
 
     module: str
     linears: Mapping[str, LinearRole]
     missing: Mapping[str, str] = field(default_factory=dict)
+    mlp: str | None = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,13 @@ class Roles:
             reason = block.missing.get(role, f"roles are {', '.join(ROLES)}")
             raise ModelError(f"no {role!r} in block {layer} of {self.architecture}: {reason}")
         return block.linears[role]
+
+    def mlp(self, layer: int) -> str:
+        """Path of the whole MLP of block `layer`; ModelError if it is not one module."""
+        path = self.blocks[layer].mlp
+        if path is None:
+            raise ModelError(f"no MLP of its own in block {layer} of {self.architecture}")
+        return path
 
     def block_of(self, module: str) -> int:
         """The number of the block that holds the module at path `module`."""
@@ -204,7 +216,7 @@ def _find_block(path: str, block: nn.Module) -> Block:
     else:
         _place(linears, missing, "mlp.up", mlp_path, mlp, MLP_UP)
         _place(linears, missing, "mlp.gate", mlp_path, mlp, MLP_GATE)
-    return Block(path, linears, missing)
+    return Block(path, linears, missing, mlp_path if mlp_name else None)
 
 
 def _count_experts(experts: nn.Module) -> str:

@@ -40,9 +40,12 @@ def heads(
         apart: whether each beginning is read in a pass of its own; else all are in one.
     """
     found: list[Ids] = [()] * len(prompts)
-    fit = [i for i, length in enumerate(lengths) if view.limits.reads_in_pieces(length, 2)]
     for patches in dict.fromkeys(rows):
-        mine = [i for i in fit if rows[i] == patches]
+        mine = [
+            i
+            for i, length in enumerate(lengths)
+            if rows[i] == patches and view.reads_in_pieces(length, 2, patches)
+        ]
         for i, head in zip(mine, shared_beginnings([prompts[i][:-1] for i in mine]), strict=True):
             found[i] = head
     counts = Counter(zip(found, rows, strict=True))

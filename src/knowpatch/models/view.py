@@ -39,9 +39,9 @@ from knowpatch.models.past import Past
 from knowpatch.models.quant import EIGHT, plain
 from knowpatch.models.roles import LinearRole, Roles, find_roles
 from knowpatch.models.sampling import Sampled, greedily, processors
+from knowpatch.models.sites import Kept, needs_whole
 from knowpatch.parts.prompts import encode_prompt
 from knowpatch.parts.spans import Encoded
-from knowpatch.parts.wraps import Joined
 from knowpatch.patch import Patch
 
 S = TypeVar("S", bound=Scored)
@@ -77,7 +77,7 @@ class ModelView:
         self.lock = threading.RLock()
         self.form = self.form or str(self.embedding.dtype).removeprefix("torch.")
         self.probed: dict[object, str | None] = {}
-        self._joined: dict[Any, list[Joined]] = {}
+        self._kept = Kept()
 
     @property
     def embedding(self) -> nn.Parameter:
@@ -278,7 +278,23 @@ class ModelView:
         """What this context carries beside the model (or beside a twin of it)."""
         on = self.model if model is None else model
         carried = session_of(self.model)
-        return Beside(on, self.roles, carried, self.standing, lasts, self._joined)
+        return Beside(on, carried, self.standing, lasts, self._kept)
+
+    @property
+    def carried(self) -> tuple[Patch, ...]:
+        """All patches that act beside the model in this context, on whatever row."""
+        return (*self.standing, *(patch for row in session_of(self.model) for patch in row))
+
+    def reads_in_pieces(
+        self, longest: int, pieces: int, patches: Sequence[Patch] | None = None
+    ) -> bool:
+        """Whether rows of this length may be read in so many pieces, each padded.
+
+        Args:
+            patches: that the rows carry besides the live ones; by default those of this context.
+        """
+        carried = self.carried if patches is None else (*self.standing, *patches)
+        return self.limits.reads_in_pieces(longest, pieces) and not needs_whole(carried)
 
     @contextlib.contextmanager
     def _as_found(self, hooks: Sequence[Hook]) -> Iterator[None]:

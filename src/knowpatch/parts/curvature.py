@@ -8,6 +8,7 @@ left alone. Axes: I and D width of the map's input and output.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,8 +81,8 @@ class Rotated:
         self._leaf, self._role, self._curvature = leaf, role, curvature
 
     @property
-    def leaf(self) -> Tensor:
-        return self._leaf
+    def leaves(self) -> Sequence[Tensor]:
+        return (self._leaf,)
 
     def value(self) -> Tensor:
         return self._role.oriented(self._curvature.back(self._leaf))

@@ -27,12 +27,14 @@ class Memory:
         keys_NI, values_ND: entries, float32.
         radii_N: how far from its key an entry still answers.
         labels: the token ids that each entry's value stands for.
+        owners: of what `grown` took in, the number of the memory that each entry came with.
     """
 
     keys_NI: Tensor
     values_ND: Tensor
     radii_N: Tensor
     labels: tuple[Label, ...]
+    owners: tuple[int, ...] = ()
 
     def nearest(self, queries_QI: Tensor) -> tuple[Tensor, Tensor]:
         """For each query the distance to its nearest key, and that key's number (Q each)."""
@@ -41,11 +43,6 @@ class Memory:
         )
         least = distances_QN.min(dim=1)
         return least.values, least.indices
-
-    def hit(self, queries_QI: Tensor) -> Tensor:
-        """For each query the number of the entry that answers it, -1 for none (Q)."""
-        distances_Q, numbers_Q = self.nearest(queries_QI)
-        return torch.where(distances_Q <= self.radii_N[numbers_Q], numbers_Q, -1)
 
     def to(self, device: torch.device) -> Memory:
         return replace(
@@ -64,35 +61,40 @@ def grown(entries: Sequence[Memory]) -> Memory:
     kept. With another label it is a new entry, and the two share the distance between them; where
     there is none to share (a fact edited again), it takes the other's place.
     """
-    kept: list[tuple[Memory, int]] = []
+    kept: list[tuple[int, int]] = []  # number of the memory, and of the entry in it
     keys_NI = torch.cat([memory.keys_NI for memory in entries])
     radii: list[float] = []
     numbers: list[int] = []  # of kept keys, in keys_NI
-    for offset, memory, i in _each(entries):
+    for offset, (owner, i) in enumerate(_each(entries)):
+        memory = entries[owner]
         initial = float(memory.radii_N[i])
         if numbers:
             gaps_N = (keys_NI[numbers] - keys_NI[offset]).norm(dim=1)
             near = int(gaps_N.argmin())
             gap = float(gaps_N[near])
             if gap <= initial + radii[near]:
-                if kept[near][0].labels[kept[near][1]] == memory.labels[i]:
+                if _label(entries, kept[near]) == memory.labels[i]:
                     radii[near] = max(radii[near], gap * (1 + MARGIN))
                     continue
                 if gap <= SAME * initial:
-                    kept[near], numbers[near], radii[near] = (memory, i), offset, initial
+                    kept[near], numbers[near], radii[near] = (owner, i), offset, initial
                     continue
                 radii[near], initial = gap / 2 - MARGIN, gap / 2
-        kept.append((memory, i))
+        kept.append((owner, i))
         numbers.append(offset)
         radii.append(initial)
     return Memory(
         keys_NI[numbers],
-        torch.stack([memory.values_ND[i] for memory, i in kept]),
+        torch.stack([entries[owner].values_ND[i] for owner, i in kept]),
         torch.tensor(radii),
-        tuple(memory.labels[i] for memory, i in kept),
+        tuple(_label(entries, one) for one in kept),
+        tuple(owner for owner, _ in kept),
     )
 
 
-def _each(entries: Sequence[Memory]) -> list[tuple[int, Memory, int]]:
-    pairs = [(memory, i) for memory in entries for i in range(len(memory.labels))]
-    return [(offset, memory, i) for offset, (memory, i) in enumerate(pairs)]
+def _each(entries: Sequence[Memory]) -> list[tuple[int, int]]:
+    return [(n, i) for n, memory in enumerate(entries) for i in range(len(memory.labels))]
+
+
+def _label(entries: Sequence[Memory], one: tuple[int, int]) -> Label:
+    return entries[one[0]].labels[one[1]]

@@ -84,7 +84,7 @@ def passes_over(
         dtype: of the passes; None for the model's own.
     """
     attention = holding(view, (module,))
-    fits = view.limits.reads_in_pieces(max(len(answer.ids) for answer in answers), 3)
+    fits = view.reads_in_pieces(max(len(answer.ids) for answer in answers), 3)
     if fits and attention is not None:
         return Onward(view, module, answers, dtype, attention)
     return Whole(view, module, answers, dtype)

@@ -1,17 +1,13 @@
 """Training a few matrices on answers: what the fine-tuning editors share.
 
-Each pass over the examples goes through all of them in shuffled batches (breadth first), so that no
-fact is learned to the end before the next one is looked at. Adam moves float32 changes, whatever
-precision the model has; only the blocks from the lowest trained one up are computed
-(models/above.py). Axes: M predicted tokens, V vocabulary.
+Adam (parts/descent.py) moves float32 changes, whatever precision the model has.
+Axes: M predicted tokens.
 """
 
 from __future__ import annotations
 
-import random
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -19,12 +15,11 @@ from pydantic import Field
 from torch import Tensor
 
 from knowpatch.deltas import Dense, WeightDelta
-from knowpatch.errors import EditError
 from knowpatch.method import Cost, EditMethod, MethodConfig, Shape
-from knowpatch.models.above import Above
 from knowpatch.models.load import fast_dtype
 from knowpatch.models.roles import LinearRole
 from knowpatch.models.view import ModelView
+from knowpatch.parts.descent import Example, Pace, Passes, descend
 from knowpatch.parts.spans import continuation
 from knowpatch.parts.text import find_text, packed_rows
 from knowpatch.patch import Patch
@@ -32,8 +27,6 @@ from knowpatch.request import EditRequest
 
 SHOWN, KEPT = 8, 24
 """Tokens of a piece of ordinary text that are read, and that are to stay as likely as before."""
-TOGETHER = 8
-"""Pieces of ordinary text that are looked at in one step."""
 DEPTH = 21 / 32
 """The published layer on 32-block models, as a share of the depth."""
 Module = Literal["mlp.out", "mlp.up", "mlp.gate", "attn.out"]
@@ -65,31 +58,18 @@ class TunedConfig(MethodConfig):
     )
 
 
-@dataclass(frozen=True)
-class Example:
-    """An answer to learn behind a prompt, as ids."""
-
-    prompt: tuple[int, ...]
-    answer: tuple[int, ...]
-
-    @property
-    def row(self) -> tuple[int, ...]:
-        """What is read to predict every token of the answer."""
-        return (*self.prompt, *self.answer[:-1])
-
-
 class Change(Protocol):
     """A change of one matrix while it is trained."""
 
     @property
-    def leaf(self) -> Tensor:
+    def leaves(self) -> Sequence[Tensor]:
         """What Adam moves."""
 
     def value(self) -> Tensor:
         """The change itself as the matrix is stored, float32; differentiable."""
 
     def settle(self) -> None:
-        """Called after each step: bring the leaf back to where it may be."""
+        """Called after each step: bring the leaves back to where they may be."""
 
 
 class Free:
@@ -107,8 +87,8 @@ class Free:
         self._low, self._high = low, high
 
     @property
-    def leaf(self) -> Tensor:
-        return self._leaf
+    def leaves(self) -> Sequence[Tensor]:
+        return (self._leaf,)
 
     def value(self) -> Tensor:
         return self._leaf
@@ -120,90 +100,28 @@ class Free:
                 leaf.clamp_(self._low, self._high)
 
 
-class Passes:
-    """Passes over examples with matrices as trained so far.
+def passes_over(
+    view: ModelView,
+    maps: Sequence[tuple[LinearRole, Change]],
+    examples: Sequence[Example],
+    besides: Sequence[Example] = (),
+    *,
+    dtype: torch.dtype | None = None,
+) -> Passes:
+    """Passes with matrices as trained so far; `maps` are these, with their changes."""
+    bases = {
+        role.address.parameter: view.values(role.address.parameter).float() for role, _ in maps
+    }
 
-    Args:
-        view: the model.
-        maps: the trained matrices, with their changes.
-        examples: what is learned.
-        besides: what is read besides, numbered after them.
-        dtype: of the passes; None for the model's own.
-    """
-
-    def __init__(
-        self,
-        view: ModelView,
-        maps: Sequence[tuple[LinearRole, Change]],
-        examples: Sequence[Example],
-        besides: Sequence[Example] = (),
-        *,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        self.examples, self.learned = [*examples, *besides], len(examples)
-        self._looked = 0
-        self._maps = maps
-        self._bases = {
-            role.address.parameter: view.values(role.address.parameter).float() for role, _ in maps
-        }
-        self._device = view.device
-        lowest = min(view.roles.block_of(role.module) for role, _ in maps)
-        rows, prompts = [e.row for e in self.examples], [len(e.prompt) for e in self.examples]
-        self._above = Above(view, lowest, rows, prompts=prompts, dtype=dtype)
-
-    def logits(self, numbers: Sequence[int], *, forced: bool = True) -> Tensor:
-        """Logits (M, V) where the answers of these examples are predicted, one after another.
-
-        Args:
-            numbers: of the examples.
-            forced: each token behind those before it; else all at the prompt's last token.
-        """
-        return self._logits(numbers, self._weights(), forced=forced)
-
-    def drift(self) -> Tensor:
-        """KL(before || now), mean over tokens, on the next few of what is read besides."""
-        first = range(self.learned, len(self.examples), TOGETHER)[self._looked]
-        numbers = range(first, min(first + TOGETHER, len(self.examples)))
-        self._looked = 0 if numbers.stop == len(self.examples) else self._looked + 1
-        # Not kept from one round to the next: distributions over the vocabulary are large.
-        with torch.no_grad():
-            before_MV = self._logits(numbers, {}, forced=True).detach().log_softmax(-1)
-        now_MV = self.logits(numbers).log_softmax(-1)
-        apart_M: Tensor = (before_MV.exp() * (before_MV - now_MV)).sum(-1)
-        return apart_M.mean()
-
-    def _logits(
-        self, numbers: Sequence[int], weights: Mapping[str, Tensor], *, forced: bool
-    ) -> Tensor:
-        places = [
-            (row, len(self.examples[number].prompt) - 1 + (i if forced else 0))
-            for row, number in enumerate(numbers)
-            for i in range(len(self.examples[number].answer))
-        ]
-        return self._above.run(numbers, weights=weights, logits_at=places).logits_MV
-
-    def logprobs(self, numbers: Sequence[int], *, forced: bool = True) -> Tensor:
-        """Log-probability (M) of each token of the answers."""
-        logits_MV = self.logits(numbers, forced=forced)
-        return logits_MV.log_softmax(-1).gather(1, self.labels(numbers)[:, None])[:, 0]
-
-    def labels(self, numbers: Sequence[int]) -> Tensor:
-        """The answers' tokens (M)."""
-        answers = [i for number in numbers for i in self.examples[number].answer]
-        return torch.tensor(answers, device=self._device)
-
-    def mean(self, each_M: Tensor, numbers: Sequence[int]) -> Tensor:
-        """The mean over each answer's tokens and then over answers."""
-        lengths = [len(self.examples[number].answer) for number in numbers]
-        weights = [1 / (length * len(lengths)) for length in lengths for _ in range(length)]
-        return (each_M * torch.tensor(weights, device=each_M.device)).sum()
-
-    def _weights(self) -> dict[str, Tensor]:
-        found = dict(self._bases)
-        for role, change in self._maps:
+    def weights() -> dict[str, Tensor]:
+        found = dict(bases)
+        for role, change in maps:
             name = role.address.parameter
             found[name] = WeightDelta(role.address, Dense(change.value())).added_to(found[name])
         return found
+
+    lowest = min(view.roles.block_of(role.module) for role, _ in maps)
+    return Passes(view, examples, besides, lowest=lowest, weights=weights, dtype=dtype)
 
 
 class Tuned(EditMethod):
@@ -246,7 +164,7 @@ class Tuned(EditMethod):
         roles = self.trained(view, requests)
         maps = [(role, self.change(view, role, prepared, state)) for role in roles]
         dtype = fast_dtype(view.device) if self.config.precision == "auto" else None
-        passes = Passes(view, maps, examples, self.besides(view), dtype=dtype)
+        passes = passes_over(view, maps, examples, self.besides(view), dtype=dtype)
         self.train([change for _, change in maps], passes)
         deltas = [
             self.delta(view, role.address, Dense(change.value().detach().cpu().contiguous()))
@@ -274,33 +192,28 @@ class Tuned(EditMethod):
     def train(self, changes: Sequence[Change], passes: Passes) -> None:
         """Adam on the changes until the mean loss over the examples is small enough."""
         config = self.config
-        leaves = [change.leaf for change in changes]
-        adam = torch.optim.AdamW(leaves, lr=config.learning_rate, weight_decay=config.weight_decay)
-        order = random.Random(self.seed)
-        everything = range(passes.learned)
-        for step in range(config.steps):
-            self.progress("fine-tuning", step, config.steps)
-            shuffled = order.sample(everything, len(everything))
-            losses = []
-            for start in range(0, len(shuffled), config.batch_size):
-                loss = self.loss(passes, shuffled[start : start + config.batch_size])
-                losses.append(float(loss.detach()))
-                if not losses[-1] < float("inf"):
-                    raise EditError(
-                        f"the loss is not finite at step {step} of {config.steps}: use a smaller "
-                        "learning_rate, or load the model in float32"
-                    )
-                if losses[-1] >= config.enough:
-                    if config.keep:
-                        loss = loss + config.keep * passes.drift()
-                    for leaf, grad in zip(leaves, torch.autograd.grad(loss, leaves), strict=True):
-                        leaf.grad = grad
-                    adam.step()
-                for change in changes:
-                    change.settle()
-            if sum(losses) / len(losses) < config.enough:
-                break
-        self.progress("fine-tuning", config.steps, config.steps)
+        pace = Pace(
+            config.steps,
+            config.learning_rate,
+            config.batch_size,
+            config.enough,
+            config.weight_decay,
+            self.seed,
+        )
+
+        def settle() -> None:
+            for change in changes:
+                change.settle()
+
+        descend(
+            [leaf for change in changes for leaf in change.leaves],
+            passes.learned,
+            lambda numbers: self.loss(passes, numbers),
+            pace,
+            besides=lambda: config.keep * passes.drift() if config.keep else 0.0,
+            settle=settle,
+            progress=self.progress,
+        )
 
     def answers(self, view: ModelView, request: EditRequest, text: str) -> list[Example]:
         """`text` behind the request's prompt, and behind its rephrases if they are learned from."""

@@ -28,9 +28,10 @@ from knowpatch.models.view import ModelView
 from knowpatch.parts import moments
 from knowpatch.parts.curvature import Curvature, Projected, Rotated
 from knowpatch.parts.depths import Layers, between
+from knowpatch.parts.descent import Passes
 from knowpatch.parts.gradients import Gradients
 from knowpatch.parts.moments import Moments
-from knowpatch.parts.tuned import Change, Passes, Tuned, TunedConfig
+from knowpatch.parts.tuned import Change, Tuned, TunedConfig
 from knowpatch.patch import Patch
 
 DEPTHS = (17 / 30, 21 / 30)

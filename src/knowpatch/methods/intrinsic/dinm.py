@@ -26,8 +26,9 @@ from knowpatch.method import register
 from knowpatch.models.passes import Tap
 from knowpatch.models.roles import LinearRole
 from knowpatch.models.view import ModelView
+from knowpatch.parts.descent import Example
 from knowpatch.parts.spans import continuation
-from knowpatch.parts.tuned import Example, Tuned, TunedConfig
+from knowpatch.parts.tuned import Tuned, TunedConfig
 from knowpatch.request import EditRequest
 
 REPLY = 24

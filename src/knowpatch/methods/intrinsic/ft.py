@@ -20,7 +20,8 @@ from knowpatch.errors import OptionError, RequestError
 from knowpatch.method import register
 from knowpatch.models.roles import LinearRole, at_depth
 from knowpatch.models.view import ModelView
-from knowpatch.parts.tuned import DEPTH, Change, Example, Free, Passes, Tuned, TunedConfig
+from knowpatch.parts.descent import Example, Passes
+from knowpatch.parts.tuned import DEPTH, Change, Free, Tuned, TunedConfig
 from knowpatch.request import EditRequest
 
 FT_L: dict[str, Any] = {

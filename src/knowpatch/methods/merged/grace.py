@@ -21,10 +21,10 @@ from knowpatch.models.passes import Row, Tap
 from knowpatch.models.roles import LinearRole, at_depth
 from knowpatch.models.view import ModelView
 from knowpatch.parts import scope
+from knowpatch.parts.kinds.codebook import codebook
 from knowpatch.parts.memory import Memory
 from knowpatch.parts.tasks import ValueTask
 from knowpatch.parts.values import ValueSettings, optimise
-from knowpatch.parts.wraps import codebook
 from knowpatch.patch import Patch
 from knowpatch.request import EditRequest
 

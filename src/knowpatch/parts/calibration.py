@@ -1,0 +1,147 @@
+"""Calibration: from which score on a gated memory may answer, measured on the model itself.
+
+Published thresholds belong to the models that they were found on. Here a method says how it reads a
+prompt (`keys`) and how it compares two (`scores`), and gets back two samples of scores: of pilot
+facts' prompts reworded, which ought to be recognised, and of prompts that ought not to be: the
+pilot prompts about other subjects, which are the nearest of all that must be told apart, and the
+control prompts. Of these the best score against all pilot keys counts, since a memory holds many.
+Kept per model and way of reading. Axes: N keys, Q queries.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from knowpatch.files import kept_in, write_atomically
+from knowpatch.parts.pilots import pilots
+from knowpatch.probes import LEAD_INS, controls
+
+RATE = 0.01
+"""Share of prompts out of scope that are answered all the same."""
+BANK, KINDS, OTHERS = 60, 10, 2
+"""Pilot facts that keys are made of, no subject twice; kinds of subject, which take turns among
+them; other subjects of its kind that each is asked about."""
+VERSION = 1
+
+Measure = Literal["similarity", "distance"]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt, and the subject in it, for methods that read there."""
+
+    prompt: str
+    subject: str | None
+
+
+Keys = Callable[[Sequence[Asked]], Any]
+"""Reads prompts: what stands for all of them."""
+Scores = Callable[[Any, Any], Tensor]
+"""Compares queries with keys: (Q, N)."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Scores of prompts in scope with their own key, and the best of those out of scope with any.
+
+    Attributes:
+        measure: whether more is nearer (similarity) or less (distance).
+    """
+
+    measure: Measure
+    inside: tuple[float, ...]
+    outside: tuple[float, ...]
+
+    def threshold(self, rate: float = RATE) -> float:
+        """The loosest threshold that at most a share `rate` of what is out of scope passes."""
+        nearest = sorted(self.outside, reverse=self.measure == "similarity")
+        return nearest[min(int(rate * len(nearest)), len(nearest) - 1)]
+
+    def share(self, scores: Sequence[float], threshold: float) -> float:
+        """Of these scores, the share that passes a threshold."""
+        if self.measure == "similarity":
+            return sum(score > threshold for score in scores) / len(scores)
+        return sum(score < threshold for score in scores) / len(scores)
+
+    def told(self, threshold: float) -> str:
+        """The calibration in one line, for people."""
+        middle = {name: _median(values) for name, values in self._samples().items()}
+        caught, wrong = (100 * self.share(values, threshold) for values in self._samples().values())
+        return (
+            f"threshold {threshold:.3g} ({self.measure}): passed by {caught:.0f} % of "
+            f"{len(self.inside)} reworded prompts (median {middle['inside']:.3g}) and by "
+            f"{wrong:.1f} % of {len(self.outside)} prompts out of scope (median "
+            f"{middle['outside']:.3g})"
+        )
+
+    def _samples(self) -> dict[str, tuple[float, ...]]:
+        return {"inside": self.inside, "outside": self.outside}
+
+
+def kept_at(fingerprint: str, reading: Mapping[str, Any]) -> Path:
+    """The file that a calibration is kept in."""
+    asked = [[one.prompt for one in group] for group in (*_inside(), _outside())]
+    content = json.dumps([VERSION, fingerprint, reading, asked], sort_keys=True)
+    return kept_in("calibrations", content, ".json")
+
+
+def calibrate(
+    fingerprint: str, reading: Mapping[str, Any], measure: Measure, keys: Keys, scores: Scores
+) -> Calibration:
+    """The calibration of one way of reading prompts.
+
+    Args:
+        fingerprint: of the model.
+        reading: what names the way of reading, for the cache: method, block, options.
+        measure: what scores are.
+        keys, scores: read and compare.
+    """
+    path = kept_at(fingerprint, reading)
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        inside, outside = json.loads(path.read_text(encoding="utf-8"))
+        return Calibration(measure, tuple(inside), tuple(outside))
+    plain, reworded = _inside()
+    bank = keys(plain)
+    own_QN = scores(keys(reworded), bank)
+    own_Q = own_QN[torch.arange(len(reworded)), torch.arange(len(reworded)) % len(plain)]
+    other_QN = scores(keys(_outside()), bank)
+    best_Q = other_QN.amax(1) if measure == "similarity" else other_QN.amin(1)
+    found = own_Q.tolist(), best_Q.tolist()
+    write_atomically(path, json.dumps(found).encode())
+    return Calibration(measure, *map(tuple, found))
+
+
+def _inside() -> tuple[list[Asked], list[Asked]]:
+    """Pilot prompts, and all of them again in other words, once for each way of leading in."""
+    plain = [Asked(fact.prompt, fact.subject) for fact in pilots(BANK)]
+    reworded = [Asked(f"{lead} {_lower(one)}", one.subject) for lead in LEAD_INS for one in plain]
+    return plain, reworded
+
+
+def _lower(one: Asked) -> str:
+    """The prompt as it goes on in a sentence; a subject that opens it keeps its capital."""
+    opens = one.subject is not None and one.prompt.startswith(one.subject)
+    return one.prompt if opens else one.prompt[0].lower() + one.prompt[1:]
+
+
+def _outside() -> list[Asked]:
+    """Pilot prompts about other subjects of the same kind, and the control prompts."""
+    facts = pilots(BANK)
+    found = []
+    for number, fact in enumerate(facts):
+        for step in range(1, OTHERS + 1):
+            other = facts[(number + step * KINDS) % BANK].subject or ""
+            found.append(Asked(fact.prompt.replace(fact.subject or "", other), other))
+    return found + [Asked(prompt, None) for prompt in controls()]
+
+
+def _median(values: Sequence[float]) -> float:
+    return float(torch.tensor(values).median())
