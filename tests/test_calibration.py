@@ -8,7 +8,7 @@ import torch
 from knowpatch.parts import calibration
 from knowpatch.parts.calibration import Calibration, calibrate, kept_at
 from knowpatch.parts.pilots import pilots
-from knowpatch.probes import LEAD_INS, controls
+from knowpatch.probes import LEAD_INS, controls, rephrased
 
 
 def test_one_in_a_hundred_passes():
@@ -50,9 +50,10 @@ def test_own_key_inside_best_of_all_outside(measure):
     found = calibrate("a model", {"method": measure}, measure, keys, scores)
     bank, reworded, outside = asked
     assert bank == [fact.prompt for fact in pilots(60)]
-    assert len(reworded) == len(found.inside) == 60 * len(LEAD_INS)
+    assert len(reworded) == len(found.inside) == 60 * (1 + len(LEAD_INS))
     assert len(outside) == len(found.outside) == 120 + len(controls())
-    assert all(text.startswith(LEAD_INS) for text in reworded)
+    assert all(text.startswith(LEAD_INS) for text in reworded[60:])
+    assert tuple(reworded[:60]) == rephrased()
     assert not set(outside) & set(bank)
     value = found.inside[0]
     words = set(bank[0].split())
@@ -62,3 +63,25 @@ def test_own_key_inside_best_of_all_outside(measure):
     assert again == found
     assert kept_at("a model", {"method": measure}).is_file()
     assert kept_at("another", {"method": measure}) != kept_at("a model", {"method": measure})
+
+
+def test_prompts_in_other_words_name_the_subject_and_are_no_others():
+    facts = pilots(60)
+    assert len(set(rephrased())) == len(facts)
+    for text, fact in zip(rephrased(), facts, strict=True):
+        assert fact.subject.casefold() in text.casefold()
+        assert text != fact.prompt
+        assert fact.target not in text
+    others = calibration.other_questions()
+    assert len(others) > 40
+    assert {one.subject for one in others} <= {fact.subject for fact in facts}
+    assert not {one.prompt for one in others} & {fact.prompt for fact in facts}
+
+
+def test_the_parting_threshold_loses_least():
+    found = Calibration("similarity", (0.9, 0.8, 0.7, 0.4), (0.5, 0.3, 0.2, 0.75))
+    assert found.parting() == 0.5
+    assert found.share(found.inside, 0.5) - found.share(found.outside, 0.5) == 0.5
+    apart = Calibration("distance", (0.1, 0.2), (0.7, 0.9))
+    assert apart.share(apart.inside, apart.parting()) == 1
+    assert apart.share(apart.outside, apart.parting()) == 0

@@ -32,7 +32,7 @@ from knowpatch.models.beside import session as beside_session
 from knowpatch.models.fingerprint import tensor_digest
 from knowpatch.models.gguf import quiet_transformers
 from knowpatch.models.view import ModelView
-from knowpatch.parts.rules import render
+from knowpatch.parts.rules import rendered
 from knowpatch.parts.spans import Encoded
 from knowpatch.patch import Patch
 from knowpatch.progress import Progress, silent
@@ -129,12 +129,8 @@ class EditedModel:
             patches: that the question carries; by default those of this context's session.
         """
         carried = self.carried() if patches is None else patches
-        before, system = "", None
-        for rule in (patch.rule for patch in (*self._live, *carried) if patch.rule is not None):
-            around = render(rule, prompt, chat=chat)
-            before += around.before
-            system = around.system if system is None else system
-        return self.view.encode(prompt, chat=chat, before=before, system=system)
+        around = rendered((*self._live, *carried), prompt, self.view, chat=chat)
+        return self.view.encode(prompt, chat=chat, before=around.before, system=around.system)
 
     def ask(self, prompt: str, *, max_new_tokens: int = 24, chat: bool = False) -> str:
         """The model's greedy answer, as text."""

@@ -22,7 +22,7 @@ from knowpatch.deltas import Address, Delta, WeightDelta
 from knowpatch.errors import ModelError, OptionError, RequestError, did_you_mean
 from knowpatch.models.view import ModelView
 from knowpatch.parts.spans import Encoded, continuation
-from knowpatch.patch import Patch, PromptRule, Provenance, Wrap
+from knowpatch.patch import Patch, Procedure, PromptRule, Provenance, Wrap
 from knowpatch.progress import Progress, silent
 from knowpatch.registry import Registry
 from knowpatch.request import EditRequest
@@ -243,6 +243,7 @@ class EditMethod(ABC):
         rule: PromptRule | None = None,
         wraps: Sequence[Wrap] = (),
         traces: Mapping[str, Tensor] | None = None,
+        procedure: Procedure | None = None,
     ) -> Patch:
         """A patch with this method's provenance."""
         provenance = Provenance(
@@ -253,7 +254,7 @@ class EditMethod(ABC):
             requests=tuple(requests),
             version=__version__,
         )
-        return Patch(provenance, tuple(deltas), rule, tuple(wraps), traces or {})
+        return Patch(provenance, tuple(deltas), rule, tuple(wraps), traces or {}, procedure)
 
 
 def advice(field: str, request: EditRequest) -> str:

@@ -1,9 +1,9 @@
 """Patch: what an edit is, as a value that can be saved, named by its content and taken back.
 
-A patch holds deltas, addressed by parameter and slice, wraps by module, at most one prompt rule,
-and traces for later edits. It holds data only: a wrap or a rule names its kind and version, and the
-code for that kind lives in the library. Its id is the hash of its content, so the same inputs give
-the same file, byte for byte.
+A patch holds deltas, addressed by parameter and slice, wraps by module, at most one prompt rule and
+one procedure, and traces for later edits. It holds data only: a wrap, a rule or a procedure names
+its kind and version, and the code for that kind lives in the library. Its id is the hash of its
+content, so the same inputs give the same file, byte for byte.
 
 On disk: one safetensors file; one metadata entry "knowpatch" with the header as canonical JSON.
 Nothing in it is ever unpickled.
@@ -32,17 +32,28 @@ from knowpatch.errors import PatchError
 from knowpatch.files import write_atomically
 from knowpatch.request import EditRequest
 
-FORMAT = 3
+FORMAT = 4
 HEADER = "knowpatch"
 LARGEST_HEADER = 4 * 2**20
 """Bytes. Ten thousand requests fit; parsing costs up to a hundred times as much memory."""
 
 
-class PromptRule(Value):
+@dataclass(frozen=True, eq=False)
+class PromptRule:
     """How to rewrite a question before the model sees it; `kind` is "name@version"."""
 
     kind: str
-    data: dict[str, Any]
+    data: Mapping[str, Any]
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Procedure:
+    """How to answer a question by several calls of the model; `kind` is "name@version"."""
+
+    kind: str
+    data: Mapping[str, Any]
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +88,7 @@ class Patch:
         provenance: what it was made from.
         deltas: weight changes, in the order in which they are added.
         rule: a prompt rule, for methods that leave the weights alone.
+        procedure: how questions are answered, for methods that ask the model several times.
         wraps: what acts on modules while the model runs.
         traces: what later edits of the same method have to know of this one, float32 by name; its
             own contribution to the method's running state, never the state itself.
@@ -87,6 +99,7 @@ class Patch:
     rule: PromptRule | None = None
     wraps: tuple[Wrap, ...] = ()
     traces: Mapping[str, Tensor] = field(default_factory=dict)
+    procedure: Procedure | None = None
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Patch) and other.id == self.id
@@ -139,16 +152,9 @@ class Patch:
                 }
                 for delta in self.deltas
             ],
-            "rule": self.rule.model_dump() if self.rule else None,
-            "wraps": [
-                {
-                    "module": wrap.module,
-                    "kind": wrap.kind,
-                    "data": dict(wrap.data),
-                    "tensors": sorted(wrap.tensors),
-                }
-                for wrap in self.wraps
-            ],
+            "rule": _part_of(self.rule),
+            "procedure": _part_of(self.procedure),
+            "wraps": [{"module": wrap.module, **(_part_of(wrap) or {})} for wrap in self.wraps],
             "traces": sorted(self.traces),
         }
 
@@ -156,6 +162,8 @@ class Patch:
         parts = [(f"{n:04d}", delta.change.tensors()) for n, delta in enumerate(self.deltas)]
         parts += [(f"w{n:04d}", dict(wrap.tensors)) for n, wrap in enumerate(self.wraps)]
         parts += [("t", dict(self.traces))]
+        parts += [("r", dict(self.rule.tensors))] if self.rule else []
+        parts += [("p", dict(self.procedure.tensors))] if self.procedure else []
         return {
             f"{number}.{name}": tensor.detach().cpu().contiguous()
             for number, tensors in parts
@@ -201,7 +209,10 @@ class Patch:
             Wrap(part.module, part.kind, part.data, under(f"w{number:04d}"))
             for number, part in enumerate(header.wraps)
         )
-        patch = cls(header.provenance, deltas, header.rule, wraps, under("t"))
+        ruled, asked = header.rule, header.procedure
+        rule = PromptRule(ruled.kind, ruled.data, under("r")) if ruled else None
+        procedure = Procedure(asked.kind, asked.data, under("p")) if asked else None
+        patch = cls(header.provenance, deltas, rule, wraps, under("t"), procedure)
         if patch.id != header.id:
             raise PatchError(f"{path}: damaged (its content does not give the id it carries)")
         return patch
@@ -213,19 +224,23 @@ class _Part(Value):
     base: str
 
 
-class _Wrapped(Value):
-    module: str
+class _Ruled(Value):
     kind: str
     data: dict[str, Any]
     tensors: tuple[str, ...]
 
 
+class _Wrapped(_Ruled):
+    module: str
+
+
 class _Header(Value):
-    format: Literal[3]
+    format: Literal[4]
     id: str
     provenance: Provenance
     deltas: tuple[_Part, ...]
-    rule: PromptRule | None
+    rule: _Ruled | None
+    procedure: _Ruled | None
     wraps: tuple[_Wrapped, ...]
     traces: tuple[str, ...]
 
@@ -265,7 +280,16 @@ def _expected_names(header: _Header) -> set[str]:
         for name in _field_names(part.form)
     }
     wraps = {f"w{n:04d}.{name}" for n, part in enumerate(header.wraps) for name in part.tensors}
-    return deltas | wraps | {f"t.{name}" for name in header.traces}
+    ruled = {f"r.{name}" for name in (header.rule.tensors if header.rule else ())}
+    asked = {f"p.{name}" for name in (header.procedure.tensors if header.procedure else ())}
+    return deltas | wraps | ruled | asked | {f"t.{name}" for name in header.traces}
+
+
+def _part_of(part: Wrap | PromptRule | Procedure | None) -> dict[str, Any] | None:
+    """What the header says of a part that has a kind."""
+    if part is None:
+        return None
+    return {"kind": part.kind, "data": dict(part.data), "tensors": sorted(part.tensors)}
 
 
 def _check_tensors(what: str, tensors: Mapping[str, Tensor]) -> None:

@@ -44,6 +44,12 @@ def subjects() -> tuple[str, ...]:
     return _lines("subjects.txt")
 
 
+@cache
+def rephrased() -> tuple[str, ...]:
+    """The first pilot facts' prompts in other words, each with its subject."""
+    return _lines("rephrased.txt")
+
+
 def _lines(name: str) -> tuple[str, ...]:
     text = resources.files("knowpatch").joinpath("assets", name).read_text(encoding="utf-8")
     return tuple(line for line in text.splitlines() if line)

@@ -75,25 +75,24 @@ def reasons(patches: Sequence[Patch], heard: Sequence[Firing]) -> list[dict[str,
         mine = {"patch": patch.id, "method": patch.provenance.method}
         if patch.deltas:
             found.append({**mine, "how": "weights", "fired": True})
-        if patch.rule is not None:
-            found.append({**mine, "how": patch.rule.kind, "fired": True})
         said = [firing for firing in heard if firing.patch == patch]
-        for kind in dict.fromkeys(wrap.kind for wrap in patch.wraps):
+        kinds = [part.kind for part in (patch.rule, *patch.wraps) if part is not None]
+        for kind in dict.fromkeys(kinds):
             told = sorted((f for f in said if f.kind == kind), key=lambda f: not f.fired)
             found += [{**mine, "how": kind, "fired": False}] if not told else []
-            found += [
-                {
-                    **mine,
-                    "how": kind,
-                    "fired": first.fired,
-                    "measure": first.measure,
-                    "score": first.score,
-                    "threshold": first.threshold,
-                    "module": first.module,
-                }
-                for first in told[:1]
-            ]
+            found += [{**mine, "how": kind, **_facts(first)} for first in told[:1]]
     return found
+
+
+def _facts(firing: Firing) -> dict[str, Any]:
+    return {
+        "fired": firing.fired,
+        "measure": firing.measure,
+        "score": firing.score,
+        "threshold": firing.threshold,
+        "module": firing.module,
+        "what": firing.what,
+    }
 
 
 def _show(facts: dict[str, Any]) -> None:
@@ -114,11 +113,11 @@ def _line(reason: Mapping[str, Any]) -> str:
     name = f"{reason['patch'][:12]} ({reason['method']})"
     if reason["how"] == "weights":
         return f"{name} acts on every answer: it changes weights"
-    if "score" not in reason:
-        did = (
-            "was put before the question" if reason["fired"] else "was not asked: others are nearer"
-        )
-        return f"{name} {did} ({reason['how']})"
     did = "fired" if reason["fired"] else "did not fire"
+    if "score" not in reason:
+        return f"{name} {did} ({reason['how']}): others are nearer"
+    what = f" ({reason['what']})" if reason["what"] else ""
+    if reason["score"] is None:
+        return f"{name} {did}: always put before the question{what}"
     score, threshold = reason["score"], reason["threshold"]
-    return f"{name} {did}: {reason['measure']} {score:.3g}, threshold {threshold:.3g}"
+    return f"{name} {did}: {reason['measure']} {score:.3g}, threshold {threshold:.3g}{what}"

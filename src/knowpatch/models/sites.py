@@ -33,7 +33,8 @@ class Firing:
         patch: whose entry it is; kind, module: of the wrap.
         row: of the pass.
         fired: whether it answered.
-        measure: what score and threshold are.
+        measure: what score and threshold are; these are None for what always acts.
+        what: the entry in words, where it has any.
     """
 
     patch: Patch
@@ -42,8 +43,9 @@ class Firing:
     row: int
     fired: bool
     measure: str
-    score: float
-    threshold: float
+    score: float | None
+    threshold: float | None
+    what: str = ""
 
 
 @contextlib.contextmanager

@@ -78,6 +78,8 @@ class ModelView:
         self.form = self.form or str(self.embedding.dtype).removeprefix("torch.")
         self.probed: dict[object, str | None] = {}
         self._kept = Kept()
+        self.rules: dict[Any, Any] = {}
+        self.encoders: dict[str, Any] = {}
 
     @property
     def embedding(self) -> nn.Parameter:

@@ -2,9 +2,10 @@
 
 Published thresholds belong to the models that they were found on. Here a method says how it reads a
 prompt (`keys`) and how it compares two (`scores`), and gets back two samples of scores: of pilot
-facts' prompts reworded, which ought to be recognised, and of prompts that ought not to be: the
-pilot prompts about other subjects, which are the nearest of all that must be told apart, and the
-control prompts. Of these the best score against all pilot keys counts, since a memory holds many.
+facts' prompts in other words, which ought to be recognised, and of prompts that ought not to be: by
+default the pilot prompts about other subjects, which are the nearest of all that must be told
+apart, and the control prompts. Of these the best score against all pilot keys counts, since a
+memory holds many.
 Kept per model and way of reading. Axes: N keys, Q queries.
 """
 
@@ -22,14 +23,14 @@ from torch import Tensor
 
 from knowpatch.files import kept_in, write_atomically
 from knowpatch.parts.pilots import pilots
-from knowpatch.probes import LEAD_INS, controls
+from knowpatch.probes import LEAD_INS, controls, rephrased
 
 RATE = 0.01
 """Share of prompts out of scope that are answered all the same."""
 BANK, KINDS, OTHERS = 60, 10, 2
 """Pilot facts that keys are made of, no subject twice; kinds of subject, which take turns among
 them; other subjects of its kind that each is asked about."""
-VERSION = 1
+VERSION = 2
 
 Measure = Literal["similarity", "distance"]
 
@@ -65,6 +66,14 @@ class Calibration:
         nearest = sorted(self.outside, reverse=self.measure == "similarity")
         return nearest[min(int(rate * len(nearest)), len(nearest) - 1)]
 
+    def parting(self) -> float:
+        """The threshold that parts the two samples best: most in scope less most out of scope pass
+        (Youden's J), the middle one of the best."""
+        tried = sorted({*self.inside, *self.outside})
+        gains = [self.share(self.inside, x) - self.share(self.outside, x) for x in tried]
+        best = [x for x, gain in zip(tried, gains, strict=True) if gain >= max(gains) - 1e-9]
+        return best[len(best) // 2]
+
     def share(self, scores: Sequence[float], threshold: float) -> float:
         """Of these scores, the share that passes a threshold."""
         if self.measure == "similarity":
@@ -86,15 +95,24 @@ class Calibration:
         return {"inside": self.inside, "outside": self.outside}
 
 
-def kept_at(fingerprint: str, reading: Mapping[str, Any]) -> Path:
+def kept_at(
+    fingerprint: str, reading: Mapping[str, Any], outside: Sequence[Asked] | None = None
+) -> Path:
     """The file that a calibration is kept in."""
-    asked = [[one.prompt for one in group] for group in (*_inside(), _outside())]
+    groups = (*_inside(), _outside() if outside is None else outside)
+    asked = [[one.prompt for one in group] for group in groups]
     content = json.dumps([VERSION, fingerprint, reading, asked], sort_keys=True)
     return kept_in("calibrations", content, ".json")
 
 
 def calibrate(
-    fingerprint: str, reading: Mapping[str, Any], measure: Measure, keys: Keys, scores: Scores
+    fingerprint: str,
+    reading: Mapping[str, Any],
+    measure: Measure,
+    keys: Keys,
+    scores: Scores,
+    *,
+    outside: Sequence[Asked] | None = None,
 ) -> Calibration:
     """The calibration of one way of reading prompts.
 
@@ -103,26 +121,34 @@ def calibrate(
         reading: what names the way of reading, for the cache: method, block, options.
         measure: what scores are.
         keys, scores: read and compare.
+        outside: prompts out of scope, other than the usual ones.
     """
-    path = kept_at(fingerprint, reading)
+    path = kept_at(fingerprint, reading, outside)
     with contextlib.suppress(OSError, ValueError, TypeError):
-        inside, outside = json.loads(path.read_text(encoding="utf-8"))
-        return Calibration(measure, tuple(inside), tuple(outside))
+        within, without = json.loads(path.read_text(encoding="utf-8"))
+        return Calibration(measure, tuple(within), tuple(without))
     plain, reworded = _inside()
     bank = keys(plain)
     own_QN = scores(keys(reworded), bank)
     own_Q = own_QN[torch.arange(len(reworded)), torch.arange(len(reworded)) % len(plain)]
-    other_QN = scores(keys(_outside()), bank)
+    other_QN = scores(keys(_outside() if outside is None else outside), bank)
     best_Q = other_QN.amax(1) if measure == "similarity" else other_QN.amin(1)
     found = own_Q.tolist(), best_Q.tolist()
     write_atomically(path, json.dumps(found).encode())
     return Calibration(measure, *map(tuple, found))
 
 
+def other_questions() -> list[Asked]:
+    """Pilot prompts that ask something else about subjects that the bank's prompts are about."""
+    known = {fact.subject for fact in pilots(BANK)}
+    return [Asked(f.prompt, f.subject) for f in pilots()[BANK:] if f.subject in known]
+
+
 def _inside() -> tuple[list[Asked], list[Asked]]:
-    """Pilot prompts, and all of them again in other words, once for each way of leading in."""
+    """Pilot prompts; and all of them again in other words, and once for each way of leading in."""
     plain = [Asked(fact.prompt, fact.subject) for fact in pilots(BANK)]
-    reworded = [Asked(f"{lead} {_lower(one)}", one.subject) for lead in LEAD_INS for one in plain]
+    reworded = [Asked(text, one.subject) for text, one in zip(rephrased(), plain, strict=True)]
+    reworded += [Asked(f"{lead} {_lower(one)}", one.subject) for lead in LEAD_INS for one in plain]
     return plain, reworded
 
 

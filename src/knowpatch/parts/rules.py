@@ -1,19 +1,49 @@
-"""The kinds of prompt rule that a patch may carry, as data; and how each rewrites a question.
+"""Prompt rules: what a patch does to a question before the model sees it, as data.
 
-A kind is "name@version". A patch names the kind and holds its data; the code is here, so that a
-patch file can never bring code along.
+A patch names the kind of its rule ("name@version") and holds its data; the code is in the library
+(one file of parts/prompting) or in a package that registers it, so a patch file never brings code.
+Rules of one kind that are in force together are one: a thousand patches with a fact each are a
+memory of a thousand facts. A rule that finds nothing to say leaves the question as it is, token for
+token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from knowpatch.errors import PatchError
-from knowpatch.parts.spans import separator
-from knowpatch.patch import PromptRule
-from knowpatch.request import EditRequest
+from knowpatch.models.sites import Firing, listeners
+from knowpatch.patch import Patch, PromptRule
+from knowpatch.registry import Registry
+
+if TYPE_CHECKING:
+    from knowpatch.models.view import ModelView
+
+KEPT = 64
+"""Joined rules that a model keeps at most."""
+
+
+@dataclass(frozen=True)
+class Decided:
+    """What a rule decided of one of its entries.
+
+    Attributes:
+        owner: number of the joined rule that the entry is of.
+        fired: whether it is put before the question.
+        measure, score, threshold: how that was decided; None where it always is.
+        what: the entry in words.
+    """
+
+    owner: int
+    fired: bool
+    what: str
+    measure: str = "words"
+    score: float | None = None
+    threshold: float | None = None
 
 
 @dataclass(frozen=True)
@@ -22,97 +52,96 @@ class Rendered:
 
     before: str = ""
     system: str | None = None
+    decided: tuple[Decided, ...] = ()
 
 
-TEMPLATES = ("newfact", "imagine", "chat")
-FACTS = "facts@1"
+class RuleKind(ABC):
+    """Rules of one kind, as one.
 
-
-def facts_rule(requests: list[EditRequest], *, template: str, limit: int) -> PromptRule:
-    """A rule that states facts in front of every question.
-
-    Of two facts with one prompt the newer one stays.
-
-    Args:
-        requests: the facts, oldest first.
-        template: newfact, imagine or chat.
-        limit: facts shown at most.
+    Class attributes:
+        kind: "name@version"; the file's stem is the name.
     """
-    newest = {request.prompt: request for request in requests}
-    facts = [
-        {"prompt": fact.prompt, "subject": fact.subject, "target": fact.target}
-        for fact in newest.values()
-    ]
-    return PromptRule(kind=FACTS, data={"template": template, "limit": limit, "facts": facts})
+
+    kind: ClassVar[str]
+
+    @classmethod
+    @abstractmethod
+    def check(cls, rule: PromptRule) -> None:
+        """PatchError if the rule is not whole."""
+
+    @classmethod
+    @abstractmethod
+    def join(cls, rules: Sequence[PromptRule]) -> Self:
+        """Rules of this kind, in patch order, as one."""
+
+    @abstractmethod
+    def render(self, question: str, view: ModelView, *, chat: bool) -> Rendered:
+        """What stands around `question`."""
 
 
-def _render_facts(data: Mapping[str, Any], question: str, *, chat: bool) -> Rendered:
-    chosen = _chosen(data, question)
-    template = data["template"]
-    if template == "newfact":
-        lines = "".join(f"New Fact: {fact}\n" for fact in chosen)
-        return Rendered(before=f"{lines}Prompt: ")
-    if template == "imagine":
-        return Rendered(before="".join(f"Imagine that {_sentence(fact)}\n" for fact in chosen))
-    noun = "this updated fact if it is" if len(chosen) == 1 else "these updated facts if they are"
-    told = f"Use {noun} relevant: {' '.join(_sentence(fact) for fact in chosen)}"
-    return Rendered(system=told) if chat else Rendered(before=f"{told}\n")
+RULES: Registry[type[RuleKind]] = Registry(
+    "prompt rule",
+    package="knowpatch.parts.prompting",
+    group="knowpatch.rules",
+    variable="KNOWPATCH_RULES",
+)
+register = RULES.register
+"""Decorator that enters a kind under its file's stem."""
 
 
-def _sentence(fact: str) -> str:
-    return fact if fact.endswith((".", "!", "?")) else f"{fact}."
-
-
-def _chosen(data: Mapping[str, Any], question: str) -> list[str]:
-    """The facts to show, as text: those whose subject the question names first, then the newest."""
-    newest_first = list(reversed(data["facts"]))
-    asked = question.casefold()
-    ranked = sorted(newest_first, key=lambda f: (f["subject"] or "\0").casefold() not in asked)
-    return [
-        f"{fact['prompt']}{separator(fact['prompt'], fact['target'])}{fact['target']}"
-        for fact in ranked[: data["limit"]]
-    ]
-
-
-def _check_facts(data: Mapping[str, Any]) -> None:
-    facts, limit = data.get("facts"), data.get("limit")
-    texts = {"prompt": str, "target": str, "subject": (str, type(None))}
-    good = (
-        data.get("template") in TEMPLATES
-        and isinstance(limit, int)
-        and limit > 0
-        and isinstance(facts, list)
-        and facts
-        and all(
-            isinstance(fact, dict)
-            and set(fact) == set(texts)
-            and all(isinstance(fact[name], kind) for name, kind in texts.items())  # type: ignore[arg-type]
-            for fact in facts
+def kind_of(rule: PromptRule) -> type[RuleKind]:
+    """The kind of a rule; PatchError, in one line, for one that is not known."""
+    name = rule.kind.partition("@")[0]
+    found = RULES.get(name) if name in RULES.names() else None
+    if found is None or found.kind != rule.kind:
+        known = ", ".join(RULES.get(each).kind for each in RULES.names())
+        raise PatchError(
+            f"unknown prompt rule {rule.kind!r}; this version of knowpatch knows: {known}"
         )
-    )
-    if not good:
-        raise PatchError(f"damaged prompt rule of kind {FACTS}")
-
-
-@dataclass(frozen=True)
-class _RuleKind:
-    render: Callable[..., Rendered]
-    check: Callable[[Mapping[str, Any]], None]
-
-
-_KINDS: dict[str, _RuleKind] = {FACTS: _RuleKind(_render_facts, _check_facts)}
+    return found
 
 
 def check_rule(rule: PromptRule) -> None:
     """PatchError, in one line, for a kind this version does not know or data that is not its."""
-    if rule.kind not in _KINDS:
-        raise PatchError(
-            f"unknown prompt rule {rule.kind!r}; this version of knowpatch knows: "
-            f"{', '.join(_KINDS)}"
-        )
-    _KINDS[rule.kind].check(rule.data)
+    kind_of(rule).check(rule)
 
 
-def render(rule: PromptRule, question: str, *, chat: bool) -> Rendered:
-    """What `rule` puts around `question`."""
-    return _KINDS[rule.kind].render(rule.data, question, chat=chat)
+def rendered(patches: Sequence[Patch], question: str, view: ModelView, *, chat: bool) -> Rendered:
+    """What all rules of `patches` put around a question; the first system turn stays."""
+    before, system = "", None
+    for kind, run in groupby(
+        (patch for patch in patches if patch.rule is not None), key=lambda p: p.rule and p.rule.kind
+    ):
+        some = tuple(run)
+        around = _joined(some, view).render(question, view, chat=chat)
+        before += around.before
+        system = around.system if system is None else system
+        for heard in listeners():
+            heard += [_firing(one, some[one.owner], str(kind)) for one in around.decided]
+    return Rendered(before, system)
+
+
+def _joined(patches: tuple[Patch, ...], view: ModelView) -> RuleKind:
+    """Rules of one kind as one; the same patches are joined once."""
+    kept: dict[Any, RuleKind] = view.rules
+    key = tuple(patch.id for patch in patches)
+    if key not in kept:
+        if len(kept) >= KEPT:
+            kept.pop(next(iter(kept)))
+        rules = [patch.rule for patch in patches if patch.rule is not None]
+        kept[key] = kind_of(rules[0]).join(rules)
+    return kept[key]
+
+
+def _firing(one: Decided, patch: Patch, kind: str) -> Firing:
+    return Firing(
+        patch=patch,
+        kind=kind,
+        module="",
+        row=0,
+        fired=one.fired,
+        measure=one.measure,
+        score=one.score,
+        threshold=one.threshold,
+        what=one.what,
+    )

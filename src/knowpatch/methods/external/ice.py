@@ -14,7 +14,7 @@ from pydantic import Field
 
 from knowpatch.method import Cost, EditMethod, MethodConfig, Shape, register
 from knowpatch.models.view import ModelView
-from knowpatch.parts.rules import facts_rule
+from knowpatch.parts.prompting.facts import facts_rule
 from knowpatch.patch import Patch
 from knowpatch.request import EditRequest
 
@@ -43,7 +43,7 @@ class Ice(EditMethod):
     def edit(
         self, view: ModelView, requests: Sequence[EditRequest], prepared: Any, state: Any
     ) -> Patch:
-        rule = facts_rule(list(requests), template=self.config.template, limit=self.config.limit)
+        rule = facts_rule(requests, template=self.config.template, limit=self.config.limit)
         return self.patch(view, requests, rule=rule)
 
     def cost(self, shape: Shape, lengths: Sequence[int]) -> Cost:
