@@ -45,14 +45,14 @@ def check_fits(
 
 def _shapes(view: ModelView) -> dict[Site, dict[str, tuple[int, int]]]:
     """Output and input size of all that a wrap may sit on."""
-    found: dict[Site, dict[str, tuple[int, int]]] = {"linear": {}, "mlp": {}}
+    found: dict[Site, dict[str, tuple[int, int]]] = {"map": {}, "feed-forward": {}}
     size = view.roles.hidden_size
     for block in view.roles.blocks:
         for role in block.linears.values():
             out, into = role.oriented(view.parameter(role.address.parameter)).shape
-            found["linear"][role.module] = int(out), int(into)
-        if block.mlp is not None:
-            found["mlp"][block.mlp] = size, size
+            found["map"][role.module] = int(out), int(into)
+        if block.whole_mlp is not None:
+            found["feed-forward"][block.whole_mlp] = size, size
     return found
 
 

@@ -34,6 +34,19 @@ def registered(hooks: Iterable[Hook]) -> Iterator[None]:
             handle.remove()
 
 
+@contextlib.contextmanager
+def as_found(model: nn.Module, hooks: Iterable[Hook]) -> Iterator[None]:
+    """Evaluation mode and hooks for the block; everything as it was after it."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with registered(hooks):
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def shifting(module: nn.Module, batch: Batch, shift: Shift) -> Hook:
     """Add a shift's rows to the module's output at its places."""
     rows, columns = batch.at(shift.places)

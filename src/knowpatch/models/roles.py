@@ -63,13 +63,13 @@ class Block:
     """One decoder block: its path, the linear maps that it has, and why it lacks the others.
 
     Attributes:
-        mlp: path of the module that is its whole MLP; None where its maps sit in the block itself.
+        whole_mlp: path of its MLP as one module; None where the maps sit in the block itself.
     """
 
     module: str
     linears: Mapping[str, LinearRole]
     missing: Mapping[str, str] = field(default_factory=dict)
-    mlp: str | None = None
+    whole_mlp: str | None = None
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,9 @@ class Roles:
             raise ModelError(f"no {role!r} in block {layer} of {self.architecture}: {reason}")
         return block.linears[role]
 
-    def mlp(self, layer: int) -> str:
+    def whole_mlp(self, layer: int) -> str:
         """Path of the whole MLP of block `layer`; ModelError if it is not one module."""
-        path = self.blocks[layer].mlp
+        path = self.blocks[layer].whole_mlp
         if path is None:
             raise ModelError(f"no MLP of its own in block {layer} of {self.architecture}")
         return path

@@ -121,15 +121,18 @@ class Site:
 
 @dataclass
 class Kept:
-    """What a model keeps of wraps from one pass to the next.
+    """What a model keeps of patches from one pass, or one question, to the next.
 
     Attributes:
         joined: wraps of one module as few, by module and patches.
         decided: for texts that are being written, by the cache of their attention.
+        rules: prompt rules of one kind as one, by patches; encoders: by name.
     """
 
     joined: dict[Any, list[tuple[Kind, tuple[int, ...]]]] = field(default_factory=dict)
     decided: WeakKeyDictionary[Any, dict[Any, Decision]] = field(default_factory=WeakKeyDictionary)
+    rules: dict[Any, Any] = field(default_factory=dict)
+    encoders: dict[str, Any] = field(default_factory=dict)
 
     def sites(
         self, module: str, pairs: Sequence[tuple[Patch, Wrap]], rows: tuple[int, ...]

@@ -27,8 +27,8 @@ from knowpatch.models.fingerprint import Identity
 from knowpatch.models.hooks import (
     Hook,
     Reached,
+    as_found,
     choosing,
-    registered,
     seeing_nothing,
     shifting,
     tapping,
@@ -77,9 +77,7 @@ class ModelView:
         self.lock = threading.RLock()
         self.form = self.form or str(self.embedding.dtype).removeprefix("torch.")
         self.probed: dict[object, str | None] = {}
-        self._kept = Kept()
-        self.rules: dict[Any, Any] = {}
-        self.encoders: dict[str, Any] = {}
+        self.kept = Kept()
 
     @property
     def embedding(self) -> nn.Parameter:
@@ -205,8 +203,8 @@ class ModelView:
 
     def read(self, rows: Sequence[Sequence[int]]) -> Past:
         """The past of rows that are the beginnings of others: no prompt ends in them."""
-        head = self.model.get_submodule(self.roles.head)
-        with self.passing(None, [seeing_nothing(head)], rows=len(rows)):
+        hooks = [seeing_nothing(self.model.get_submodule(self.roles.head))]
+        with self.passing(None, hooks, rows=len(rows)):
             return Past.nothing(len(rows), self.device).read(self._forward, rows)
 
     def run(
@@ -262,9 +260,8 @@ class ModelView:
     def passing(
         self, lasts: Sequence[int] | None, hooks: Sequence[Hook] = (), *, rows: int = 0
     ) -> Iterator[None]:
-        """A pass or a generation: evaluation mode, `hooks`, and what this context carries beside.
-
-        Everything is as it was after the block, and no other thread passes meanwhile.
+        """A pass or a generation, with `hooks` and what this context carries beside; everything is
+        as it was after the block, and no other thread passes meanwhile.
 
         Args:
             lasts: for each row of the batch the column of its last prompt token, a past's columns
@@ -273,14 +270,13 @@ class ModelView:
             rows: of the batch, where `lasts` does not say.
         """
         repeats(session_of(self.model), rows if lasts is None else len(lasts))
-        with self.lock, self._as_found([*self.beside(lasts).hooks(), *hooks]):
+        with self.lock, as_found(self.model, [*self.beside(lasts).hooks(), *hooks]):
             yield
 
     def beside(self, lasts: Sequence[int] | None, *, model: Any = None) -> Beside:
         """What this context carries beside the model (or beside a twin of it)."""
         on = self.model if model is None else model
-        carried = session_of(self.model)
-        return Beside(on, carried, self.standing, lasts, self._kept)
+        return Beside(on, session_of(self.model), self.standing, lasts, self.kept)
 
     @property
     def carried(self) -> tuple[Patch, ...]:
@@ -290,25 +286,10 @@ class ModelView:
     def reads_in_pieces(
         self, longest: int, pieces: int, patches: Sequence[Patch] | None = None
     ) -> bool:
-        """Whether rows of this length may be read in so many pieces, each padded.
-
-        Args:
-            patches: that the rows carry besides the live ones; by default those of this context.
-        """
+        """Whether rows of this length, which carry `patches` (by default those of this context),
+        may be read in so many pieces, each padded."""
         carried = self.carried if patches is None else (*self.standing, *patches)
         return self.limits.reads_in_pieces(longest, pieces) and not needs_whole(carried)
-
-    @contextlib.contextmanager
-    def _as_found(self, hooks: Sequence[Hook]) -> Iterator[None]:
-        """Evaluation mode and hooks for the block; everything as it was after it."""
-        training = [module for module in self.model.modules() if module.training]
-        self.model.eval()
-        try:
-            with registered(hooks):
-                yield
-        finally:
-            for module in training:
-                module.training = True
 
     def score(
         self,

@@ -65,7 +65,7 @@ def encoder_of(name: str, view: ModelView) -> Encoder:
     Raises:
         OptionError: it is not here.
     """
-    known: dict[str, Encoder] = view.encoders
+    known: dict[str, Encoder] = view.kept.encoders
     name = chosen(name)
     if name not in known:
         known[name] = OwnStates(view) if name == OWN else _sentences(name)

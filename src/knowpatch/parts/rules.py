@@ -123,7 +123,7 @@ def rendered(patches: Sequence[Patch], question: str, view: ModelView, *, chat: 
 
 def _joined(patches: tuple[Patch, ...], view: ModelView) -> RuleKind:
     """Rules of one kind as one; the same patches are joined once."""
-    kept: dict[Any, RuleKind] = view.rules
+    kept: dict[Any, RuleKind] = view.kept.rules
     key = tuple(patch.id for patch in patches)
     if key not in kept:
         if len(kept) >= KEPT:

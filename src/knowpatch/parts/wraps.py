@@ -28,7 +28,7 @@ from knowpatch.errors import OptionError, PatchError
 from knowpatch.patch import Wrap
 from knowpatch.registry import Registry
 
-Site = Literal["linear", "mlp"]
+Site = Literal["map", "feed-forward"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +113,7 @@ class Kind(ABC):
     kind: ClassVar[str]
     reads: ClassVar[Literal["last", "prompt", "token"]]
     acts: ClassVar[Literal["last", "prompt", "all"]]
-    site: ClassVar[Site] = "linear"
+    site: ClassVar[Site] = "map"
     measure: ClassVar[Literal["distance", "similarity", "activation", "words"]]
 
     @classmethod
@@ -182,7 +182,7 @@ def check_wrap(
     into, out = kind.check(wrap)
     for module in dict.fromkeys((wrap.module, kind.source(wrap))):
         if module not in shapes[kind.site]:
-            what = "linear map" if kind.site == "linear" else "MLP"
+            what = "linear map" if kind.site == "map" else "MLP"
             raise PatchError(f"the patch wraps {module!r}, no {what} of {model}")
     if (out, into) != shapes[kind.site][wrap.module]:
         wide, narrow = shapes[kind.site][wrap.module]
