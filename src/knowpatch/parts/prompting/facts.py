@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from knowpatch.errors import PatchError
 from knowpatch.models.view import ModelView
+from knowpatch.parts.factbook import Fact, are_facts, fact_of, newest, statement
 from knowpatch.parts.rules import Decided, Rendered, RuleKind, register
-from knowpatch.parts.spans import separator
 from knowpatch.patch import PromptRule
 from knowpatch.request import EditRequest
 
@@ -31,21 +30,6 @@ def facts_rule(requests: Sequence[EditRequest], *, template: str, limit: int) ->
     return PromptRule(kind=FACTS, data={"template": template, "limit": limit, "facts": facts})
 
 
-def fact_of(request: EditRequest) -> dict[str, Any]:
-    """A request as a fact that a rule holds."""
-    return {"prompt": request.prompt, "subject": request.subject, "target": request.target}
-
-
-def newest(requests: Sequence[EditRequest]) -> list[EditRequest]:
-    """The requests, those of the same prompt once: the last of them."""
-    return list({request.prompt: request for request in requests}.values())
-
-
-def statement(fact: Mapping[str, Any]) -> str:
-    """A fact as the text that its prompt and its target make."""
-    return f"{fact['prompt']}{separator(fact['prompt'], fact['target'])}{fact['target']}"
-
-
 def sentence(text: str) -> str:
     return text if text.endswith((".", "!", "?")) else f"{text}."
 
@@ -62,27 +46,12 @@ def stated(facts: Sequence[str], template: str, *, chat: bool) -> Rendered:
     return Rendered(system=told) if chat else Rendered(before=f"{told}\n")
 
 
-def are_facts(value: Any) -> bool:
-    """Whether a value from a file is a list of facts, one at least."""
-    texts: dict[str, Any] = {"prompt": str, "target": str, "subject": (str, type(None))}
-    return (
-        isinstance(value, list)
-        and len(value) > 0
-        and all(
-            isinstance(fact, dict)
-            and set(fact) == set(texts)
-            and all(isinstance(fact[name], kind) for name, kind in texts.items())
-            for fact in value
-        )
-    )
-
-
 @register("facts")
 @dataclass(frozen=True)
 class Facts(RuleKind):
     """Facts, oldest first, with the number of the rule that each is of."""
 
-    facts: tuple[tuple[int, Mapping[str, Any]], ...]
+    facts: tuple[tuple[int, Fact], ...]
     template: str
     limit: int
 
