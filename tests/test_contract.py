@@ -50,6 +50,7 @@ OPTIONS = {
     "unke": {"layer": 0, "clamp": 8.0, "samples": 2, "block_steps": 60, "block_rate": 5e-3},
     "kn": {"layers": [3], "scale_new": 8.0},
     "memoir": {"layer": 1, "share": 0.5, "rate": 0.25, "steps": 80},
+    "wise": {"layer": 1, "share": 0.5, "rate": 0.25, "steps": 60},
 }
 # Where a norm follows the MLP, four over-fitted blocks need more of a push.
 NORMED = {

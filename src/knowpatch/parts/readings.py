@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,15 +38,28 @@ def behind_first(tokens: Tokens) -> Tokens:
     return replace(tokens, prompt_BT=tokens.prompt_BT & ~(tokens.first_BT & many_B1))
 
 
-def read(view: ModelView, module: str, rows: Sequence[Sequence[int]], what: Read) -> Tensor:
-    """`what` is read of these prompts where they enter a module, on the CPU."""
-    tap, found = Tap(module, "input"), []
+def tokens_of(view: ModelView, module: str, rows: Sequence[Sequence[int]]) -> Iterator[Tokens]:
+    """What enters a module while these prompts are read, some rows at a time."""
+    tap = Tap(module, "input")
     for start in range(0, len(rows), TOGETHER):
         run = view.run(rows[start : start + TOGETHER], taps=[tap])
         mask = {"attention_mask": run.batch.mask_BT}
         reading = Reading.of(run.batch.ids_BT, mask, torch.empty(0))
-        found.append(what(reading.tokens(run.tapped[tap])).cpu())
-    return torch.cat(found)
+        yield reading.tokens(run.tapped[tap])
+
+
+def read(view: ModelView, module: str, rows: Sequence[Sequence[int]], what: Read) -> Tensor:
+    """`what` is read of these prompts where they enter a module, on the CPU."""
+    return torch.cat([what(tokens).cpu() for tokens in tokens_of(view, module, rows)])
+
+
+def prompts_of(tokens: Tokens) -> list[Tensor]:
+    """What enters at each prompt's tokens behind the first, float32, (T, I) for each row."""
+    prompt_BT = behind_first(tokens).prompt_BT
+    return [
+        inputs_TI[prompt_T].float()
+        for inputs_TI, prompt_T in zip(tokens.inputs_BTI, prompt_BT, strict=True)
+    ]
 
 
 def kept_at(fingerprint: str, reading: Mapping[str, Any]) -> Path:

@@ -6,7 +6,7 @@ context prefixes. From which score on a prompt is recognised is calibrated on th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -97,13 +97,22 @@ class Side(EditMethod):
             found.append(Example(prompt.ids, continuation(view.tokenizer, prompt, request.target)))
         return found
 
-    def descend(self, leaves: Sequence[Tensor], passes: Passes, weight: Tensor) -> None:
-        """Adam on `leaves` until the answers are learned; `weight` says how large its steps are."""
+    def descend(
+        self,
+        leaves: Sequence[Tensor],
+        passes: Passes,
+        weight: Tensor,
+        besides: Callable[[], Tensor | float] = lambda: 0.0,
+    ) -> None:
+        """Adam on `leaves` until the answers are learned; `weight` says how large its steps are.
+
+        `besides` is added to the loss of every step.
+        """
         config, size = self.config, float(weight.square().mean().sqrt())
         descend(
             leaves,
             passes.learned,
-            lambda numbers: -passes.mean(passes.logprobs(numbers), numbers),
+            lambda numbers: besides() - passes.mean(passes.logprobs(numbers), numbers),
             Pace(config.steps, config.rate * size, BATCH, config.enough, seed=self.seed),
             progress=self.progress,
         )
@@ -114,7 +123,7 @@ class Side(EditMethod):
         """What names the way of reading prompts in a model of `count` blocks, for the cache."""
         return {"method": self.name, "layers": self.layers(count), "chat": self.config.chat}
 
-    def shown(self, prepared: SidePrepared) -> list[str]:
+    def shown(self, prepared: Any) -> list[str]:
         found = prepared.found
         return [] if found is None else [found.told(prepared.threshold)]
 
