@@ -29,6 +29,8 @@ NULL = {**PLAIN, "layers": [0], "null_share": 0.5, "gain": 0.99}
 OPTIONS = {
     "ft": {"learning_rate": 1e-2, "steps": 80},
     "locft_bf": {"learning_rate": 1e-2, "steps": 80, "eos": False},
+    "lora": {"learning_rate": 1e-2, "steps": 80, "layers": [2, 3]},
+    "adalora": {"learning_rate": 2e-2, "steps": 80, "layers": [2, 3]},
     "dinm": {"learning_rate": 1e-2, "steps": 80, "eos": False, "pieces": 2, "text": "self"},
     "crispedit": {
         "learning_rate": 1e-2,

@@ -149,7 +149,7 @@ def test_the_published_way_projects_the_gradient(factors, known):
     weights = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
     for kind in (Rotated, Projected):
         change = kind(role, curvature)
-        (grad,) = torch.autograd.grad((change.value() * weights).sum(), change.leaves[0])
+        (grad,) = torch.autograd.grad((change.delta().delta * weights).sum(), change.leaves[0])
         rotated = grad if kind is Rotated else curvature.into(grad)
         assert rotated[~curvature.free_DI].abs().max() < 1e-6
         assert rotated[curvature.free_DI].abs().max() > 1e-2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+import transformers as hf
 
 from knowpatch.deltas import Dense, WeightDelta
 from knowpatch.edited import EditedModel
@@ -29,6 +30,8 @@ def test_every_block_has_its_maps(architecture):
     wanted = {"mlp.out": (48, None), "mlp.up": (None, 48), "attn.out": (48, 48)}
     if architecture in GATED:
         wanted["mlp.gate"] = (None, 48)
+    if architecture != "gpt_neox":
+        wanted |= {"attn.q": (48, 48), "attn.k": (None, 48), "attn.v": (None, 48)}
     for layer in range(4):
         assert set(view.roles.blocks[layer].linears) == set(wanted)
         for role, (out, into) in wanted.items():
@@ -61,6 +64,49 @@ def test_fused_gate_and_up_are_two_slices():
     assert torch.equal(torch.cat([view.weight(gate), view.weight(up)]), whole)
 
 
+@pytest.mark.parametrize("architecture", [a for a in tiny.ARCHITECTURES if a != "gpt_neox"])
+def test_queries_keys_and_values_are_what_they_are_called(architecture):
+    """A change of one map moves what the block's cache holds of that kind, and nothing else."""
+    view = _view(architecture)
+
+    def cached():
+        with torch.no_grad():
+            past = view.model(torch.tensor([[5, 6, 7]]), use_cache=True).past_key_values
+        return past.layers[1].keys, past.layers[1].values
+
+    keys, values = (each.clone() for each in cached())
+    for role in ("attn.q", "attn.k", "attn.v"):
+        linear = view.roles.linear(role, 1)
+        part = linear.address.narrow(view.parameter(linear.address.parameter))
+        before = part.detach().clone()
+        with torch.no_grad():
+            part.mul_(0.5).add_(0.1)
+        moved = [not torch.equal(*pair) for pair in zip((keys, values), cached(), strict=True)]
+        assert moved == [role == "attn.k", role == "attn.v"], role
+        with torch.no_grad():
+            part.copy_(before)
+
+
+def test_fused_queries_keys_and_values_fill_their_matrix():
+    """GPT-2 stores them along the columns, Phi-3 along the rows with fewer keys than queries."""
+    for architecture, dim in (("gpt2", 1), ("phi3", 0)):
+        view = _view(architecture)
+        roles = [view.roles.linear(role, 0) for role in ("attn.q", "attn.k", "attn.v")]
+        whole = view.parameter(roles[0].address.parameter)
+        parts = [role.address.narrow(whole) for role in roles]
+        assert torch.equal(torch.cat(parts, dim=dim), whole)
+
+
+def test_maps_that_mix_heads_say_so():
+    """GPT-NeoX interleaves queries, keys and values head by head: no slice is one of them."""
+    with pytest.raises(ModelError, match="query_key_value does not hold queries, keys and values"):
+        _view("gpt_neox").roles.linear("attn.q", 0)
+    codegen = hf.CodeGenConfig(n_embd=32, n_layer=1, n_head=4, rotary_dim=4, vocab_size=50)
+    roles = find_roles(hf.AutoModelForCausalLM.from_config(codegen))
+    assert "attn.out" in roles.blocks[0].linears
+    assert "qkv_proj does not hold" in roles.lacks("attn.v")
+
+
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_the_head_at_asked_places_equals_the_full_forward(architecture):
     """Running the head only where asked gives the logits of the plain forward (soft caps too)."""
@@ -74,10 +120,12 @@ def test_the_head_at_asked_places_equals_the_full_forward(architecture):
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
-@pytest.mark.parametrize("role", ["mlp.out", "mlp.up", "attn.out"])
+@pytest.mark.parametrize("role", ["mlp.out", "mlp.up", "attn.out", "attn.q", "attn.v"])
 def test_a_trial_equals_written_weights_and_leaves_them(architecture, role):
     """A functional trial computes as if the weight were changed, and changes nothing."""
     view = _view(architecture)
+    if view.roles.lacks(role):
+        pytest.skip(view.roles.lacks(role))
     linear = view.roles.linear(role, 1)
     parameter = view.parameter(linear.address.parameter)
     kept = parameter.detach().clone()

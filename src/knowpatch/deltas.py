@@ -58,6 +58,11 @@ class LowRank:
     def rank(self) -> int:
         return int(self.left.shape[-1])
 
+    def trimmed(self) -> LowRank:
+        """Without what adds nothing."""
+        used_K = (self.left != 0).any(0) & (self.right != 0).any(1)
+        return LowRank(self.left[:, used_K].contiguous(), self.right[used_K].contiguous())
+
     def added_to(self, tensor: Tensor) -> Tensor:
         """`tensor` (R, C) plus this change, a new tensor; differentiable."""
         return tensor + self.left @ self.right

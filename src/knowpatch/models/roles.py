@@ -22,6 +22,11 @@ from knowpatch.errors import ModelError
 
 ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe")
+ATTENTION_IN = {"attn.q": ("q_proj",), "attn.k": ("k_proj",), "attn.v": ("v_proj",)}
+ATTENTION_FUSED = {"c_attn": "c_proj", "qkv_proj": "o_proj"}
+"""Maps that compute queries, keys and values one behind the other, and the output map beside each:
+one of the same name beside another output map (CodeGen's) orders them in a way of its own."""
+ATTENTION_MIXED = ("query_key_value", "qkv_proj", "c_attn", "Wqkv", "qkv")
 ATTENTION_OUT = ("o_proj", "out_proj", "c_proj", "dense", "wo")
 MLP_OUT = ("down_proj", "c_proj", "fc_out", "dense_4h_to_h", "fc2", "w2")
 MLP_UP = ("up_proj", "c_fc", "fc_in", "dense_h_to_4h", "fc1", "w3")
@@ -29,7 +34,7 @@ MLP_GATE = ("gate_proj", "w1")
 MLP_GATE_UP = ("gate_up_proj",)
 EXPERTS = ("experts",)
 
-ROLES = ("mlp.out", "mlp.up", "mlp.gate", "attn.out")
+ROLES = ("mlp.out", "mlp.up", "mlp.gate", "attn.out", "attn.q", "attn.k", "attn.v")
 """The linear maps of a block that a method may ask for."""
 
 
@@ -198,9 +203,9 @@ def _find_block(path: str, block: nn.Module) -> Block:
     missing: dict[str, str] = {}
     attention = _child(block, ATTENTION)
     if attention is None:
-        missing["attn.out"] = "this block has no attention"
+        missing |= dict.fromkeys(("attn.out", *ATTENTION_IN), "this block has no attention")
     else:
-        _place(linears, missing, "attn.out", f"{path}.{attention[0]}", attention[1], ATTENTION_OUT)
+        _place_attention(linears, missing, f"{path}.{attention[0]}", attention[1])
     # OPT keeps its two MLP maps in the block itself.
     mlp_name, mlp = _child(block, MLP) or ("", block)
     mlp_path = f"{path}.{mlp_name}" if mlp_name else path
@@ -251,6 +256,48 @@ def _split(linears: dict[str, LinearRole], path: str, fused: nn.Module) -> None:
     """A projection that computes gate and up at once: the gate is its first half."""
     if isinstance(fused, nn.Linear):
         inner = fused.out_features // 2
-        for role, start in (("mlp.gate", 0), ("mlp.up", inner)):
-            address = Address(parameter=f"{path}.weight", dim=0, start=start, stop=start + inner)
-            linears[role] = LinearRole(path, address, stored_in_out=False)
+        linears |= _slices(path, {"mlp.gate": inner, "mlp.up": inner}, stored_in_out=False)
+
+
+def _slices(path: str, sizes: Mapping[str, int], *, stored_in_out: bool) -> dict[str, LinearRole]:
+    """The roles of a fused map, whose outputs come one behind the other."""
+    found, start = {}, 0
+    for role, size in sizes.items():
+        address = Address(
+            parameter=f"{path}.weight", dim=int(stored_in_out), start=start, stop=start + size
+        )
+        found[role], start = LinearRole(path, address, stored_in_out), start + size
+    return found
+
+
+def _place_attention(
+    linears: dict[str, LinearRole], missing: dict[str, str], path: str, attention: nn.Module
+) -> None:
+    """The maps of an attention: its output, and what makes queries, keys and values."""
+    _place(linears, missing, "attn.out", path, attention, ATTENTION_OUT)
+    mixed = _child(attention, ATTENTION_MIXED)
+    if mixed is None:
+        for role, names in ATTENTION_IN.items():
+            _place(linears, missing, role, path, attention, names)
+    elif sizes := _fused_sizes(attention, *mixed):
+        stored_in_out = isinstance(mixed[1], Conv1D)
+        linears |= _slices(f"{path}.{mixed[0]}", sizes, stored_in_out=stored_in_out)
+    else:
+        reason = f"{path}.{mixed[0]} does not hold queries, keys and values one behind the other"
+        missing |= dict.fromkeys(ATTENTION_IN, reason)
+
+
+def _fused_sizes(attention: nn.Module, name: str, fused: nn.Module) -> dict[str, int]:
+    """How many outputs of a fused map are queries, keys and values; nothing if they are mixed.
+
+    An output map reads as many numbers as there are queries.
+    """
+    out = dict(attention.named_children()).get(ATTENTION_FUSED.get(name, ""))
+    if isinstance(fused, Conv1D) and isinstance(out, Conv1D):
+        whole, queries = int(fused.nf), int(out.nx)
+    elif isinstance(fused, nn.Linear) and isinstance(out, nn.Linear) and name == "qkv_proj":
+        whole, queries = fused.out_features, out.in_features
+    else:
+        return {}
+    rest = (whole - queries) // 2
+    return {"attn.q": queries, "attn.k": rest, "attn.v": rest}

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from knowpatch.deltas import Delta, Dense
 from knowpatch.models.roles import LinearRole
 
 
@@ -84,8 +85,8 @@ class Rotated:
     def leaves(self) -> Sequence[Tensor]:
         return (self._leaf,)
 
-    def value(self) -> Tensor:
-        return self._role.oriented(self._curvature.back(self._leaf))
+    def delta(self) -> Delta:
+        return Dense(self._role.oriented(self._curvature.back(self._leaf)))
 
     def settle(self) -> None:
         pass
@@ -98,5 +99,5 @@ class Projected(Rotated):
         super().__init__(role, curvature)
         self._leaf.register_hook(curvature.project)
 
-    def value(self) -> Tensor:
-        return self._role.oriented(self._leaf)
+    def delta(self) -> Delta:
+        return Dense(self._role.oriented(self._leaf))

@@ -133,6 +133,7 @@ class Pace:
         batch_size: examples per step.
         enough: stop when the mean loss is below this; batches below it are not learned from.
         seed: of the order.
+        least: steps that are made in any case, however small the loss is.
     """
 
     steps: int
@@ -141,6 +142,7 @@ class Pace:
     enough: float
     weight_decay: float = 0.0
     seed: int = 0
+    least: int = 0
 
 
 def descend(
@@ -151,6 +153,7 @@ def descend(
     *,
     besides: Callable[[], Tensor | float] = lambda: 0.0,
     before: Callable[[int], None] = lambda step: None,
+    after: Callable[[int], None] = lambda step: None,
     settle: Callable[[], None] = lambda: None,
     progress: Progress = silent,
 ) -> None:
@@ -163,6 +166,7 @@ def descend(
         pace: see there.
         besides: what is added to the loss of a step.
         before: called with the number of a step when its gradients are there, before Adam moves.
+        after: called with the same number when it has moved, the gradients still there.
         settle: called after each step: brings leaves back to where they may be.
         progress: told pass by pass.
 
@@ -183,14 +187,15 @@ def descend(
                     f"the loss is not finite at step {step} of {pace.steps}: use a smaller "
                     "learning_rate, or load the model in float32"
                 )
-            if losses[-1] >= pace.enough:
+            if losses[-1] >= pace.enough or done < pace.least:
                 grads = torch.autograd.grad(loss + besides(), leaves)
                 for leaf, grad in zip(leaves, grads, strict=True):
                     leaf.grad = grad
                 before(done)
                 adam.step()
+                after(done)
                 done += 1
             settle()
-        if sum(losses) / len(losses) < pace.enough:
+        if sum(losses) / len(losses) < pace.enough and done >= pace.least:
             break
     progress("fine-tuning", pace.steps, pace.steps)

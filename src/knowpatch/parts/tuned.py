@@ -7,15 +7,15 @@ Axes: M predicted tokens.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from knowpatch.deltas import Dense, WeightDelta
-from knowpatch.method import Cost, EditMethod, MethodConfig, Shape
+from knowpatch.deltas import Delta, Dense, LowRank, WeightDelta
+from knowpatch.method import Cost, EditMethod, Export, Family, MethodConfig, Shape
 from knowpatch.models.load import fast_dtype
 from knowpatch.models.roles import LinearRole
 from knowpatch.models.view import ModelView
@@ -29,13 +29,12 @@ SHOWN, KEPT = 8, 24
 """Tokens of a piece of ordinary text that are read, and that are to stay as likely as before."""
 DEPTH = 21 / 32
 """The published layer on 32-block models, as a share of the depth."""
-Module = Literal["mlp.out", "mlp.up", "mlp.gate", "attn.out"]
+Module = Literal["mlp.out", "mlp.up", "mlp.gate", "attn.out", "attn.q", "attn.k", "attn.v"]
 
 
-class TunedConfig(MethodConfig):
-    """Options that the fine-tuning editors share."""
+class TrainingConfig(MethodConfig):
+    """Options of training on answers, whatever is trained."""
 
-    module: Module = Field("mlp.out", description="which matrix of a block")
     steps: int = Field(40, ge=1, description="passes over the requests, at most")
     learning_rate: float = Field(
         1e-3, gt=0, le=1e30, description="of Adam; published: 5e-4 on 7B models"
@@ -58,6 +57,12 @@ class TunedConfig(MethodConfig):
     )
 
 
+class TunedConfig(TrainingConfig):
+    """Options of the editors that train one matrix of a block."""
+
+    module: Module = Field("mlp.out", description="which matrix of a block")
+
+
 class Change(Protocol):
     """A change of one matrix while it is trained."""
 
@@ -65,7 +70,7 @@ class Change(Protocol):
     def leaves(self) -> Sequence[Tensor]:
         """What Adam moves."""
 
-    def value(self) -> Tensor:
+    def delta(self) -> Delta:
         """The change itself as the matrix is stored, float32; differentiable."""
 
     def settle(self) -> None:
@@ -90,14 +95,21 @@ class Free:
     def leaves(self) -> Sequence[Tensor]:
         return (self._leaf,)
 
-    def value(self) -> Tensor:
-        return self._leaf
+    def delta(self) -> Delta:
+        return Dense(self._leaf)
 
     def settle(self) -> None:
         if self._low is not None or self._high is not None:
             leaf = self._leaf
             with torch.no_grad():
                 leaf.clamp_(self._low, self._high)
+
+
+def settled(delta: Delta) -> Delta:
+    """A trained change as a patch holds it."""
+    tensors = {name: each.detach().cpu().contiguous() for name, each in delta.tensors().items()}
+    found = type(delta)(**tensors)
+    return found.trimmed() if isinstance(found, LowRank) else found
 
 
 def passes_over(
@@ -117,7 +129,7 @@ def passes_over(
         found = dict(bases)
         for role, change in maps:
             name = role.address.parameter
-            found[name] = WeightDelta(role.address, Dense(change.value())).added_to(found[name])
+            found[name] = WeightDelta(role.address, change.delta()).added_to(found[name])
         return found
 
     lowest = min(view.roles.block_of(role.module) for role, _ in maps)
@@ -125,12 +137,12 @@ def passes_over(
 
 
 class Tuned(EditMethod):
-    """Trains one matrix of a block, or of a few."""
+    """Trains matrices of some blocks."""
 
-    family = "intrinsic"
+    family: ClassVar[Family] = "intrinsic"
     roles: ClassVar[tuple[str, ...]] = ("mlp.out",)
-    exports = ("merged", "gguf")
-    Config: ClassVar[type[TunedConfig]] = TunedConfig
+    exports: ClassVar[tuple[Export, ...]] = ("merged", "gguf")
+    Config: ClassVar[type[TrainingConfig]] = TunedConfig
 
     @abstractmethod
     def layers(self, count: int) -> tuple[int, ...]:
@@ -155,7 +167,7 @@ class Tuned(EditMethod):
     def trained(self, view: ModelView, requests: Sequence[EditRequest]) -> list[LinearRole]:
         """The matrices to train."""
         layers = self.layers(len(view.roles.blocks))
-        return [view.roles.linear(self.config.module, layer) for layer in layers]
+        return [view.roles.linear(role, layer) for layer in layers for role in self.wanted_roles()]
 
     def edit(
         self, view: ModelView, requests: Sequence[EditRequest], prepared: Any, state: Any
@@ -166,10 +178,8 @@ class Tuned(EditMethod):
         dtype = fast_dtype(view.device) if self.config.precision == "auto" else None
         passes = passes_over(view, maps, examples, self.besides(view), dtype=dtype)
         self.train([change for _, change in maps], passes)
-        deltas = [
-            self.delta(view, role.address, Dense(change.value().detach().cpu().contiguous()))
-            for role, change in maps
-        ]
+        found = [(role.address, settled(change.delta())) for role, change in maps]
+        deltas = [self.delta(view, at, change) for at, change in found if change.rank != 0]
         return self.patch(view, requests, deltas=deltas, traces=self.traces(view, passes, roles))
 
     def besides(self, view: ModelView) -> list[Example]:
@@ -189,8 +199,25 @@ class Tuned(EditMethod):
         """What later edits have to know of this one."""
         return {}
 
-    def train(self, changes: Sequence[Change], passes: Passes) -> None:
-        """Adam on the changes until the mean loss over the examples is small enough."""
+    def beside(self, changes: Sequence[Change], passes: Passes) -> Tensor | float:
+        """What is added to the loss of a step, and does not count when to stop is decided."""
+        return self.config.keep * passes.drift() if self.config.keep else 0.0
+
+    def train(
+        self,
+        changes: Sequence[Change],
+        passes: Passes,
+        *,
+        least: int = 0,
+        after: Callable[[int], None] = lambda step: None,
+    ) -> None:
+        """Adam on the changes until the mean loss over the examples is small enough.
+
+        Args:
+            changes: what is trained.
+            passes: over the examples.
+            least, after: see parts/descent.py.
+        """
         config = self.config
         pace = Pace(
             config.steps,
@@ -199,6 +226,7 @@ class Tuned(EditMethod):
             config.enough,
             config.weight_decay,
             self.seed,
+            least,
         )
 
         def settle() -> None:
@@ -210,7 +238,8 @@ class Tuned(EditMethod):
             passes.learned,
             lambda numbers: self.loss(passes, numbers),
             pace,
-            besides=lambda: config.keep * passes.drift() if config.keep else 0.0,
+            besides=lambda: self.beside(changes, passes),
+            after=after,
             settle=settle,
             progress=self.progress,
         )
@@ -230,5 +259,5 @@ class Tuned(EditMethod):
 
     def cost(self, shape: Shape, lengths: Sequence[int]) -> Cost:
         tokens = self.config.steps * sum(lengths)
-        blocks = len(self.layers(shape.layers))
-        return Cost(tokens, tokens, extra_bytes=4 * 4 * blocks * shape.hidden * shape.inner)
+        maps = len(self.layers(shape.layers)) * len(self.wanted_roles())
+        return Cost(tokens, tokens, extra_bytes=4 * 4 * maps * shape.hidden * shape.inner)
