@@ -22,7 +22,8 @@ from knowpatch.errors import ModelError
 
 ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe")
-ATTENTION_IN = {"attn.q": ("q_proj",), "attn.k": ("k_proj",), "attn.v": ("v_proj",)}
+ATTENTION_Q, ATTENTION_K, ATTENTION_V = ("q_proj",), ("k_proj",), ("v_proj",)
+ATTENTION_IN = {"attn.q": ATTENTION_Q, "attn.k": ATTENTION_K, "attn.v": ATTENTION_V}
 ATTENTION_FUSED = {"c_attn": "c_proj", "qkv_proj": "o_proj"}
 """Maps that compute queries, keys and values one behind the other, and the output map beside each:
 one of the same name beside another output map (CodeGen's) orders them in a way of its own."""
