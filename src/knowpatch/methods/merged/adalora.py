@@ -208,7 +208,7 @@ class Adalora(Adapted):
     name = "adalora"
     paper = "Zhang et al. 2023, arXiv 2303.10512"
     summary = "low-rank adapters in SVD form; training moves ranks to the maps that need them"
-    choose = "as lora, where it is not known which maps should change; KnowEdit's AdaLoRA column"
+    choose = "as lora, where it is not known which maps should change"
     Config = AdaloraConfig
     depths = (3 / 30, 6 / 30)
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
