@@ -76,6 +76,13 @@ class Adapted(Tuned):
         return torch.Generator().manual_seed(number)
 
 
+def leaf(values: Tensor, device: torch.device) -> Tensor:
+    """A copy of these values, to be trained."""
+    made = values.to(device).clone()
+    made.requires_grad_()
+    return made
+
+
 class Adapter:
     """scale * B A of one map: A drawn uniformly from +-1 / sqrt(I), B from zero.
 
@@ -93,8 +100,8 @@ class Adapter:
         out, into = role.oriented(like).shape
         rank = min(rank, out, into)
         down_KI = (2 * torch.rand(rank, into, generator=drawn) - 1) / into**0.5
-        self.down_KI = down_KI.to(like.device).requires_grad_()
-        self.up_DK = torch.zeros(out, rank, device=like.device, requires_grad=True)
+        self.down_KI = leaf(down_KI, like.device)
+        self.up_DK = leaf(torch.zeros(out, rank), like.device)
         self.scale = alpha / rank
         self._role = role
 

@@ -31,7 +31,7 @@ from knowpatch.deltas import LowRank
 from knowpatch.method import register
 from knowpatch.models.roles import LinearRole
 from knowpatch.models.view import ModelView
-from knowpatch.parts.adapters import Adapted, AdapterConfig
+from knowpatch.parts.adapters import Adapted, AdapterConfig, leaf
 from knowpatch.parts.descent import Passes
 from knowpatch.parts.tuned import Change
 
@@ -90,9 +90,10 @@ class Triplets:
         rank = min(rank, out, into)
         down_KI = SPREAD * torch.randn(rank, into, generator=drawn)
         up_DK = SPREAD * torch.randn(out, rank, generator=drawn)
-        self.down_KI = down_KI.to(like.device).requires_grad_()
-        self.value_K = torch.zeros(rank, device=like.device, requires_grad=True)
-        self.up_DK = up_DK.to(like.device).requires_grad_()
+        value_K = torch.zeros(rank, device=like.device)
+        value_K.requires_grad_()
+        self.down_KI, self.value_K = leaf(down_KI, like.device), value_K
+        self.up_DK = leaf(up_DK, like.device)
         self.scale = alpha / (rank + 1e-5)
         self._role = role
 
@@ -106,6 +107,12 @@ class Triplets:
 
     def settle(self) -> None:
         pass
+
+    def prune(self, kept_K: Tensor) -> None:
+        """Takes the others' E away."""
+        value_K = self.value_K
+        with torch.no_grad():
+            value_K.mul_(kept_K.to(value_K))
 
     def skew(self) -> Tensor:
         """How far A's rows and B's columns are from orthonormal: (2)."""
@@ -159,9 +166,9 @@ class Allocator:
         self, triplets: Sequence[Triplets], schedule: Schedule, decays: tuple[float, float]
     ) -> None:
         self._triplets, self._schedule, self._decays = triplets, schedule, decays
-        leaves = [leaf for each in triplets for leaf in each.leaves]
-        self._means = {leaf: torch.zeros_like(leaf) for leaf in leaves}
-        self._spreads = {leaf: torch.zeros_like(leaf) for leaf in leaves}
+        trained = [each for one in triplets for each in one.leaves]
+        self._means = {each: torch.zeros_like(each) for each in trained}
+        self._spreads = {each: torch.zeros_like(each) for each in trained}
         self.kept_N = torch.ones(schedule.begin, dtype=torch.bool)
 
     @torch.no_grad()
@@ -176,11 +183,12 @@ class Allocator:
 
     def _weigh(self) -> None:
         slow, wide = self._decays
-        for leaf, mean in self._means.items():
-            assert leaf.grad is not None
-            now = (leaf * leaf.grad).abs()
-            mean.mul_(slow).add_(now, alpha=1 - slow)
-            self._spreads[leaf].mul_(wide).add_((now - mean).abs(), alpha=1 - wide)
+        for each, before in self._means.items():
+            assert each.grad is not None
+            now = (each * each.grad).abs()
+            mean = slow * before + (1 - slow) * now
+            self._means[each] = mean
+            self._spreads[each] = wide * self._spreads[each] + (1 - wide) * (now - mean).abs()
 
     def scores(self) -> Tensor:
         """Of all triplets (N), map after map."""
@@ -198,7 +206,7 @@ class Allocator:
     def _prune(self) -> None:
         counts = [len(each.value_K) for each in self._triplets]
         for each, kept_K in zip(self._triplets, self.kept_N.split(counts), strict=True):
-            each.value_K.mul_(kept_K.to(each.value_K))
+            each.prune(kept_K)
 
 
 @register("adalora")
