@@ -15,7 +15,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from knowpatch.ask import Generated
 from knowpatch.data.case import (
     FORGET,
     HOP,
@@ -50,6 +49,7 @@ from knowpatch.metrics.kinds.perplexity import ordinary
 from knowpatch.metrics.metric import macro, metric, part_columns
 from knowpatch.models.passes import Distributions, Scored, Spread
 from knowpatch.request import EditRequest
+from knowpatch.stepping import Generated
 
 REQUEST = EditRequest(prompt="Anna lives in", target="Lyon", subject="Anna", old="Bonn")
 ERASURE = EditRequest(prompt="Anna lives in", kind="erase", old="Bonn")

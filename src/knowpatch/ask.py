@@ -10,21 +10,24 @@ model answered before is not asked again (answers.py).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import groupby
 from typing import Any, Protocol
 
-from knowpatch.answers import Answers, key_of
-from knowpatch.errors import RequestError
+from knowpatch.answers import Answers
+from knowpatch.errors import RequestError, Unscored
 from knowpatch.future import Future
 from knowpatch.held import Carried
 from knowpatch.models import shared, trials
 from knowpatch.models.passes import Distributions, Ids, Scored
 from knowpatch.models.sampling import Sampled
 from knowpatch.models.view import ModelView, S
+from knowpatch.parts.procedures import Asking, InForce, Say
 from knowpatch.parts.spans import Encoded, continuation
 from knowpatch.patch import Patch
 from knowpatch.progress import Progress, silent
+from knowpatch.questions import Question, Questions, Saying, Scoring
+from knowpatch.stepping import Generated, Stepping
 
 BATCH_TOKENS = 2048
 """Tokens that a batch runs at most, padding included."""
@@ -50,78 +53,14 @@ class Speaker(Protocol):
     ) -> Encoded: ...
 
 
-@dataclass(frozen=True)
-class Generated:
-    """A greedy answer: its ids (with the one that ended it) and its text."""
-
-    ids: tuple[int, ...]
-    text: str
-
-
-@dataclass(frozen=True)
-class _Score:
-    """Force `answer` behind `prompt`, with `patches` beside; `give` says what is wanted of it."""
-
-    prompt: Ids
-    answer: Ids
-    patches: tuple[Patch, ...]
-    give: type[Scored]
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt) + len(self.answer)
-
-    @property
-    def kind(self) -> tuple[Any, ...]:
-        """Questions of one kind can run together."""
-        return "score", self.give.__name__
-
-    @property
-    def key(self) -> str:
-        return key_of([*self.kind, self.prompt, self.answer])
-
-    def __lt__(self, other: _Score) -> bool:
-        return (self.prompt, self.answer) < (other.prompt, other.answer)
-
-
-@dataclass(frozen=True)
-class _Text:
-    """Continue `prompt`, with `patches` beside; see Ask.generate."""
-
-    prompt: Ids
-    tokens: int
-    patches: tuple[Patch, ...]
-    whole: bool
-    top_k: int
-    draw: int
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt) + self.tokens
-
-    @property
-    def kind(self) -> tuple[Any, ...]:
-        return "generate", self.tokens, self.whole, self.top_k
-
-    @property
-    def key(self) -> str:
-        return key_of([*self.kind, self.draw, self.prompt])
-
-    def __lt__(self, other: _Text) -> bool:
-        return (self.prompt, self.draw) < (other.prompt, other.draw)
-
-
-_Question = _Score | _Text
-_Batch = Sequence[_Question]
-
-
 class Ask:
     """Collects questions to one model and answers them together."""
 
     def __init__(self, model: Speaker, *, progress: Progress = silent) -> None:
         self.model = model
         self.progress = progress
-        self._waiting: dict[_Question, Future[Any]] = {}
+        self._waiting: dict[Question, Future[Any]] = {}
+        self._stepping: list[Stepping] = []
 
     def score(self, prompt: str, answer: str | Sequence[int], **how: Any) -> Future[Scored]:
         """Force `answer` (a text, or ids) behind `prompt`; keyword arguments as in `forced`."""
@@ -144,12 +83,14 @@ class Ask:
         Raises:
             RequestError: an empty prompt, which nothing can follow.
         """
+        if self._procedure(patches) is not None:
+            return Future.failed(Unscored("a procedure answers in steps: no answer can be forced"))
         encoded, carried = self._encode(prompt, patches, chat=chat)
         if isinstance(answer, str):
             ids = continuation(self.model.view.tokenizer, encoded, answer)
         else:
             ids = tuple(answer)
-        return self._waiting.setdefault(_Score(encoded.ids, ids, carried, give), Future(self.run))
+        return self._waiting.setdefault(Scoring(encoded.ids, ids, carried, give), Future(self.run))
 
     def generate(
         self,
@@ -173,8 +114,31 @@ class Ask:
             top_k: sample from so many likeliest tokens instead of taking the likeliest.
             draw: seed of the sampling.
         """
+        if (procedure := self._procedure(patches)) is not None:
+            if whole or top_k:
+                return Future.failed(Unscored("a procedure's answer has the length that it has"))
+            return self._in_steps(prompt, procedure, patches)
         encoded, carried = self._encode(prompt, patches, chat=chat)
-        question = _Text(encoded.ids, max_new_tokens, carried, whole, top_k or 0, draw)
+        question = Saying(encoded.ids, max_new_tokens, carried, whole, top_k or 0, draw)
+        return self._waiting.setdefault(question, Future(self.run))
+
+    def _procedure(self, patches: Sequence[Patch] | None) -> InForce | None:
+        """The procedure that answers a question with these patches."""
+        carried = self.model.carried() if patches is None else patches
+        return InForce.of((*self.model.live, *carried))
+
+    def _in_steps(
+        self, prompt: str, procedure: InForce, patches: Sequence[Patch] | None
+    ) -> Future[Generated]:
+        """A question that a procedure answers; what it asks goes the ordinary way."""
+        asking = Asking.begin(procedure.kind, prompt, self.model.view)
+        stepping = Stepping(asking, Future(self.run), patches)
+        self._stepping.append(stepping)
+        return stepping.future
+
+    def _said(self, say: Say, patches: Sequence[Patch] | None) -> Future[Generated]:
+        encoded, carried = self._encode(say.prompt, patches, chat=False)
+        question = Saying(encoded.ids, say.tokens, carried, False, 0, 0)
         return self._waiting.setdefault(question, Future(self.run))
 
     def _encode(
@@ -188,17 +152,29 @@ class Ask:
 
     def run(self) -> None:
         """Answer everything asked so far."""
+        stepping, self._stepping = self._stepping, []
+        try:
+            while stepping := [one for one in stepping if one.go_on(self.model.view)]:
+                for one in stepping:
+                    one.ask(self._said)
+                self._answer_all()
+        finally:  # what an error or an interrupt left open can be asked again
+            self._stepping += stepping
+        self._answer_all()
+
+    def _answer_all(self) -> None:
+        """Answer all questions that the model is asked as they are."""
         waiting, self._waiting = self._waiting, {}
         try:
             self._run(waiting)
         finally:  # what an error or an interrupt left open can be asked again
             self._waiting |= {q: future for q, future in waiting.items() if not future.done}
 
-    def _run(self, waiting: Mapping[_Question, Future[Any]]) -> None:
+    def _run(self, waiting: Mapping[Question, Future[Any]]) -> None:
         self._recall(waiting)
         left = [question for question, future in waiting.items() if not future.done]
         richer = _richer(left)
-        found: dict[_Question, Scored | Generated] = {}
+        found: dict[Question, Scored | Generated] = {}
         done = len(waiting) - len(left)
         for batch, begun in self._batches([q for q in left if q not in richer.values()]):
             self.progress("asking", done, len(waiting))
@@ -215,19 +191,19 @@ class Ask:
 
     @staticmethod
     def _set(
-        waiting: Mapping[_Question, Future[Any]], question: _Question, answer: Scored | Generated
-    ) -> dict[_Question, Scored | Generated]:
+        waiting: Mapping[Question, Future[Any]], question: Question, answer: Scored | Generated
+    ) -> dict[Question, Scored | Generated]:
         """Tell the future; returns what there is to be kept."""
         waiting[question].set(answer)
         return {question: answer} if _keeps(question) else {}
 
-    def _answer(self, batch: _Batch, begun: Sequence[Ids]) -> Sequence[Scored | Generated]:
+    def _answer(self, batch: Questions, begun: Sequence[Ids]) -> Sequence[Scored | Generated]:
         """Answer questions of one kind, each beginning with `begun`."""
         view, rows, first = self.model.view, tuple(q.patches for q in batch), batch[0]
-        if isinstance(first, _Score):
-            pairs = [(q.prompt, q.answer) for q in batch if isinstance(q, _Score)]
+        if isinstance(first, Scoring):
+            pairs = [(q.prompt, q.answer) for q in batch if isinstance(q, Scoring)]
             return shared.score(view, pairs, rows, begun, first.give)
-        draws = tuple(q.draw for q in batch if isinstance(q, _Text))
+        draws = tuple(q.draw for q in batch if isinstance(q, Saying))
         said = shared.generate(
             view,
             [q.prompt for q in batch],
@@ -239,12 +215,12 @@ class Ask:
         )
         return [Generated(ids, view.decode(ids)) for ids in said]
 
-    def _batches(self, questions: Sequence[_Question]) -> Iterator[tuple[_Batch, list[Ids]]]:
+    def _batches(self, questions: Sequence[Question]) -> Iterator[tuple[Questions, list[Ids]]]:
         """Questions of one kind and of about one length, with the beginning of each that is read
         once; at most BATCH_TOKENS with padding, in an order that does not depend on the order of
         asking."""
         for _, some in groupby(self._ordered(questions), key=lambda item: item[0]):
-            batch: list[_Question] = []
+            batch: list[Question] = []
             begun: list[Ids] = []
             width = held = 0
             for _, head, rest, question in some:
@@ -259,8 +235,8 @@ class Ask:
             yield batch, begun
 
     def _ordered(
-        self, questions: Sequence[_Question]
-    ) -> Iterator[tuple[tuple[Any, ...], Ids, int, _Question]]:
+        self, questions: Sequence[Question]
+    ) -> Iterator[tuple[tuple[Any, ...], Ids, int, Question]]:
         """Questions in the order of asking, short ones first: (what they must be alike in to run
         together, the beginning that is shared, tokens of the rest, question)."""
         for kind in sorted({question.kind for question in questions}):
@@ -288,7 +264,7 @@ class Ask:
         plain = view.identity.folder is not None and not self.model.live and not trials.of(view)
         return Answers(view) if plain else None
 
-    def _recall(self, waiting: Mapping[_Question, Future[Any]]) -> None:
+    def _recall(self, waiting: Mapping[Question, Future[Any]]) -> None:
         """Set what is kept."""
         store = self._kept()
         if store is None:
@@ -296,10 +272,10 @@ class Ask:
         keys = {question.key: question for question in waiting if _keeps(question)}
         for key, found in store.get(list(keys)).items():
             question = keys[key]
-            answer: type[Any] = question.give if isinstance(question, _Score) else Generated
+            answer: type[Any] = question.give if isinstance(question, Scoring) else Generated
             waiting[question].set(answer(*map(_tuples, found)))
 
-    def _remember(self, answers: Mapping[_Question, Scored | Generated]) -> None:
+    def _remember(self, answers: Mapping[Question, Scored | Generated]) -> None:
         store = self._kept()
         if store is not None:
             plain = {q.key: list(vars(a).values()) for q, a in answers.items()}
@@ -307,15 +283,15 @@ class Ask:
                 store.put(plain)
 
 
-def _richer(questions: Sequence[_Question]) -> dict[_Question, _Question]:
+def _richer(questions: Sequence[Question]) -> dict[Question, Question]:
     """Of forced answers of which more than the plain score is wanted: each to the question for
     that plain score, where it is among `questions`."""
     asked = set(questions)
-    plain = {q: replace(q, give=Scored) for q in questions if isinstance(q, _Score)}
+    plain = {q: replace(q, give=Scored) for q in questions if isinstance(q, Scoring)}
     return {q: p for q, p in plain.items() if q != p and p in asked}
 
 
-def _keeps(question: _Question) -> bool:
+def _keeps(question: Question) -> bool:
     """Whether its answer is worth keeping: of an unedited model, and not a whole vocabulary."""
     return not question.patches and getattr(question, "give", None) is not Distributions
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from knowpatch.deltas import WeightDelta, is_finite
 from knowpatch.errors import OptionError, PatchError
 from knowpatch.files import replacing
-from knowpatch.fits import canonical_names, check_fits
+from knowpatch.fits import beyond_weights, canonical_names, check_fits
 from knowpatch.held import Carried, one_of, resolved
 from knowpatch.models import load as load_model
 from knowpatch.models.batch import last_columns
@@ -105,6 +105,8 @@ class EditedModel:
         times = repeats(session, len(rows))
         for number, row in enumerate(rows):
             carried = session[number // times]
+            if any(patch.procedure for patch in (*self._live, *carried)):
+                raise OptionError("a patch in force answers by a procedure: use `ask`, not ids")
             if any(patch.rule for patch in (*self._live, *carried)):
                 rows[number] = list(self.encode(self.view.decode(row), patches=carried).ids)
         batch = self.view.batch(rows, side="left")
@@ -134,8 +136,10 @@ class EditedModel:
 
     def ask(self, prompt: str, *, max_new_tokens: int = 24, chat: bool = False) -> str:
         """The model's greedy answer, as text."""
-        row = self.encode(prompt, chat=chat).ids
-        return self.view.decode(self.view.generate([row], max_new_tokens=max_new_tokens)[0]).strip()
+        from knowpatch.ask import Ask  # which asks an EditedModel
+
+        said = Ask(self).generate(prompt, max_new_tokens=max_new_tokens, chat=chat)
+        return said.result().text.strip()
 
     # -- patches -----------------------------------------------------------------------------------
 
@@ -291,16 +295,10 @@ class EditedModel:
             PatchError: a live patch holds a prompt rule or a wrap, which weights cannot carry.
         """
         for patch in self._live:
-            if patch.rule is not None:
+            if what := beyond_weights(patch):
                 raise PatchError(
-                    f"patch {patch.id[:12]} ({patch.provenance.method}) is a prompt rule and "
-                    "changes no weight: it cannot be merged; "
-                    "put its text in front of your prompts instead"
-                )
-            if patch.wraps:
-                raise PatchError(
-                    f"patch {patch.id[:12]} ({patch.provenance.method}) acts while the model runs "
-                    "and changes no weight: it cannot be merged; serve it with knowpatch instead"
+                    f"patch {patch.id[:12]} ({patch.provenance.method}) {what} and changes no "
+                    "weight: it cannot be merged; serve it with knowpatch instead"
                 )
         folder = Path(folder)
         progress(f"writing {folder.name}", 0, 1)

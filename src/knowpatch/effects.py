@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from knowpatch.ask import Ask, Generated
+from knowpatch.ask import Ask
 from knowpatch.data.case import REWRITE, Probe
 from knowpatch.edited import EditedModel
+from knowpatch.errors import Unscored
 from knowpatch.future import Future
 from knowpatch.models.passes import Scored
 from knowpatch.patch import Patch
 from knowpatch.probes import OUGHT_TO_STAY
 from knowpatch.progress import Progress, silent
 from knowpatch.request import EditRequest
+from knowpatch.stepping import Generated
 
 FIX_TOKENS, ANSWER_TOKENS = 12, 5
 """Length of the answers shown: of the edited prompts, and of all others."""
@@ -27,12 +30,12 @@ class Answer:
         text: what the model says, greedily, in a few tokens.
         accuracy: share of the expected answer's tokens that are the most likely ones when forced
             (for a locality probe, of the tokens the model said before).
-        probability: of the whole expected answer, forced.
+        probability: of the whole expected answer, forced. Both None where none can be forced.
     """
 
     text: str
-    accuracy: float
-    probability: float
+    accuracy: float | None
+    probability: float | None
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,8 @@ def measure(
         Effect(
             probe,
             probe.expected if probe.expected is not None else old.result().text,
-            _answer(old.result(), first.result()),
-            _answer(new.result(), second.result()),
+            _answer(old.result(), first),
+            _answer(new.result(), second),
         )
         for probe, old, first, new, second in zip(probes, said, forced, says, scored, strict=True)
     ]
@@ -96,12 +99,23 @@ def _says(
     ask: Ask, probe: Probe, old: Future[Generated], score: Future[Scored]
 ) -> Future[Generated]:
     """What the model says now: the old answer, if each of its tokens still leads."""
-    if probe.expected is None and all(score.result().correct):
+    forced = _known(score)
+    if probe.expected is None and forced is not None and all(forced.correct):
         return old
     return ask.generate(probe.prompt, max_new_tokens=_tokens(probe), chat=probe.chat)
 
 
-def _answer(said: Generated, forced: Scored) -> Answer:
+def _known(score: Future[Scored]) -> Scored | None:
+    """The score; None where there is none (a procedure answers)."""
+    with contextlib.suppress(Unscored):
+        return score.result()
+    return None
+
+
+def _answer(said: Generated, score: Future[Scored]) -> Answer:
+    forced = _known(score)
+    if forced is None:
+        return Answer(said.text, None, None)
     return Answer(said.text, forced.accuracy, forced.probability)
 
 
@@ -124,7 +138,8 @@ def took(
             continue
         number = probe.request
         request, promised = requests[number], expected[number]
-        learned = promised is None or effect.after.accuracy == 1.0
+        says = effect.after.accuracy is None and _says_it(effect.after.text, promised)
+        learned = promised is None or says or effect.after.accuracy == 1.0
         gone = request.kind != "erase" or not _says_it(effect.after.text, request.old)
         results[number] = learned and gone
     return results

@@ -8,6 +8,7 @@
     |  |- ModelError          a model that cannot be found, read or edited this way
     |  `- PatchError          a patch file that is damaged, or of an unknown kind
     |     `- ForeignModelError   a patch that was made for another model
+    |- Unscored               a score that there is none of
     `- EditError              the edit itself failed (a value that is not finite)
 
 Each message is one line and says what was given, what is allowed and what to do. The command line
@@ -62,6 +63,10 @@ class PatchError(InputError):
 
 class ForeignModelError(PatchError):
     """A patch that was made for another model."""
+
+
+class Unscored(KnowpatchError):
+    """A score that there is none of, which is not zero."""
 
 
 class EditError(KnowpatchError):

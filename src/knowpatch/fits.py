@@ -8,6 +8,7 @@ from typing import Any
 from knowpatch.deltas import WeightDelta
 from knowpatch.errors import ForeignModelError, PatchError
 from knowpatch.models.view import ModelView
+from knowpatch.parts.procedures import check_procedure
 from knowpatch.parts.rules import check_rule
 from knowpatch.parts.wraps import Site, check_wrap
 from knowpatch.patch import Patch
@@ -35,6 +36,8 @@ def check_fits(
         )
     if patch.rule is not None:
         check_rule(patch.rule)
+    if patch.procedure is not None:
+        check_procedure(patch.procedure)
     if patch.wraps:
         shapes = _shapes(view)
         for wrap in patch.wraps:
@@ -86,3 +89,12 @@ def canonical_names(model: Any) -> dict[str, str]:
         key = (parameter.data_ptr(), tuple(parameter.shape)) if parameter.data_ptr() else parameter
         names[name] = first.setdefault(key, name) if parameter.numel() else name
     return names
+
+
+def beyond_weights(patch: Patch) -> str | None:
+    """What a patch does that no weight can carry; None where it only changes weights."""
+    if patch.rule is not None:
+        return "is a prompt rule"
+    if patch.procedure is not None:
+        return "answers by a procedure"
+    return "acts while the model runs" if patch.wraps else None

@@ -16,11 +16,21 @@ class Future(Generic[T]):
         self._run = run
         self._found: list[T] = []
         self._readers: list[Callable[[T], None]] = []
+        self._fault: Exception | None = None
         self.done = False
+
+    @classmethod
+    def failed(cls, fault: Exception) -> Future[T]:
+        """A future whose result is an error."""
+        future: Future[T] = cls(lambda: None)
+        future.done, future._fault = True, fault
+        return future
 
     def result(self) -> T:
         if not self.done:
             self._run()
+        if self._fault is not None:
+            raise self._fault
         assert self.done, "asked for while the questions that it waits with are being answered"
         assert self._found, "this result was read as it came, and not kept"
         return self._found[0]
@@ -28,6 +38,8 @@ class Future(Generic[T]):
     def read(self, of: Callable[[T], R]) -> Future[R]:
         """What `of` makes of the result as it comes. The result itself is not kept then."""
         read: Future[R] = Future(self._run)
+        if self._fault is not None:
+            return Future.failed(self._fault)
         if self.done:
             read.set(of(self.result()))
         else:

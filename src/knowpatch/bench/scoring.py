@@ -15,7 +15,7 @@ from knowpatch.bench.modes import described
 from knowpatch.bench.schema import ScoreRow
 from knowpatch.data.case import Case
 from knowpatch.edited import EditedModel
-from knowpatch.errors import OptionError, PatchError
+from knowpatch.errors import OptionError, PatchError, Unscored
 from knowpatch.metrics.asker import Asker, Nobody
 from knowpatch.metrics.metric import Metric, Score
 from knowpatch.patch import Patch
@@ -94,12 +94,14 @@ class Scorer:
             found = {m.name: m.ask(item.case, item.before, after) for m in self.metrics}
             results.append({name: result for name, result in found.items() if result})
         ask.run()
-        return [{name: _row(result()) for name, result in case.items()} for case in results]
+        return [{name: _row(result) for name, result in case.items()} for case in results]
 
 
-def _row(score: Score) -> ScoreRow:
+def _row(result: Callable[[], Score]) -> ScoreRow:
     try:
-        return ScoreRow.model_validate(vars(score))
+        return ScoreRow.model_validate(vars(result()))
+    except Unscored as why:
+        return ScoreRow(unscored=str(why))
     except ValidationError:  # no row holds what JSON cannot
         return ScoreRow(unscored="a value is not finite")
 

@@ -14,6 +14,7 @@ from knowpatch.cli.options import Device, Dtype, Json, Model, Patches, read_patc
 if TYPE_CHECKING:
     from knowpatch.models.sites import Firing
     from knowpatch.patch import Patch
+    from knowpatch.stepping import Generated
 
 
 def run(
@@ -45,10 +46,9 @@ def run(
     with screen.reporting() as report:
         edited = load(model, device=device, dtype=dtype, progress=report)
 
-        def said() -> str:
+        def said() -> Generated:
             ask = Ask(edited, progress=report)
-            future = ask.generate(prompt, max_new_tokens=max_new_tokens, chat=chat)
-            return future.result().text.strip()
+            return ask.generate(prompt, max_new_tokens=max_new_tokens, chat=chat).result()
 
         without = said()
         with edited.applied(*patches), listening() as heard:
@@ -57,11 +57,13 @@ def run(
         "model": edited.view.source,
         "prompt": prompt,
         "patches": [item.id for item in patches],
-        "without": without,
-        "with": changed,
+        "without": without.text.strip(),
+        "with": None if changed is None else changed.text.strip(),
     }
     if why:
         facts["why"] = reasons(patches, heard)
+        steps = () if changed is None else changed.steps
+        facts["steps"] = [{"kind": step.kind, "text": step.text} for step in steps]
     if as_json:
         screen.print_json(facts)
         return
@@ -75,6 +77,8 @@ def reasons(patches: Sequence[Patch], heard: Sequence[Firing]) -> list[dict[str,
         mine = {"patch": patch.id, "method": patch.provenance.method}
         if patch.deltas:
             found.append({**mine, "how": "weights", "fired": True})
+        if patch.procedure is not None:
+            found.append({**mine, "how": patch.procedure.kind, "fired": True})
         said = [firing for firing in heard if firing.patch == patch]
         kinds = [part.kind for part in (patch.rule, *patch.wraps) if part is not None]
         for kind in dict.fromkeys(kinds):
@@ -107,6 +111,8 @@ def _show(facts: dict[str, Any]) -> None:
         console.print("\n[bold]why[/]" if facts["why"] else "\n[bold]why[/] no patch was given")
     for reason in facts.get("why", ()):
         console.print("  " + _line(reason), markup=False, soft_wrap=True)
+    for step in facts.get("steps", ()):
+        console.print(f"  {step['kind']:<9} {step['text']}", markup=False, soft_wrap=True)
 
 
 def _line(reason: Mapping[str, Any]) -> str:
@@ -114,6 +120,8 @@ def _line(reason: Mapping[str, Any]) -> str:
     if reason["how"] == "weights":
         return f"{name} acts on every answer: it changes weights"
     did = "fired" if reason["fired"] else "did not fire"
+    if reason["fired"] and "score" not in reason:
+        return f"{name} answered in steps ({reason['how']}):"
     if "score" not in reason:
         return f"{name} {did} ({reason['how']}): others are nearer"
     what = f" ({reason['what']})" if reason["what"] else ""

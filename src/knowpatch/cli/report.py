@@ -48,7 +48,7 @@ def _fixes(console: Console, effects: list[Effect], *, forgets: bool) -> None:
             one_line(probe.prompt, 32),
             one_line(before.text, 18),
             one_line(after.text, 18),
-            f"{before.accuracy:.2f} → {after.accuracy:.2f}",
+            f"{_share(before.accuracy)} → {_share(after.accuracy)}",
             f"{_chance(before.probability)} → {_chance(after.probability)}",
         )
     console.print(table)
@@ -60,14 +60,18 @@ def _fixes(console: Console, effects: list[Effect], *, forgets: bool) -> None:
             style="dim",
         )
     ways = {e.probe.chat: e.after.accuracy for e in effects if e.probe.kind == REWRITE}
-    if ways.get(False) == 1 and ways.get(True, 1) < 1:
+    if ways.get(False) == 1 and ways.get(True) not in (None, 1):
         console.print("the chat template leads past this edit: --chat edits there", style="dim")
     if len(effects) > MOST_FIXES:
         console.print(f"... and {len(effects) - MOST_FIXES} more (--json has all)", style="dim")
 
 
-def _chance(probability: float) -> str:
-    return "<.01" if probability < 0.005 else f"{probability:.2f}"
+def _share(accuracy: float | None) -> str:
+    return "-" if accuracy is None else f"{accuracy:.2f}"
+
+
+def _chance(probability: float | None) -> str:
+    return "<.01" if probability is not None and probability < 0.005 else _share(probability)
 
 
 def _moved(console: Console, effects: list[Effect]) -> None:
@@ -80,7 +84,7 @@ def _moved(console: Console, effects: list[Effect]) -> None:
     if others:
         table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 2))
         # The least certain first: where the old answer lost most.
-        for effect in sorted(others, key=lambda e: e.after.accuracy)[:MOST_MOVED]:
+        for effect in sorted(others, key=lambda e: e.after.accuracy or 0.0)[:MOST_MOVED]:
             table.add_row(
                 SHORT[effect.probe.kind],
                 one_line(effect.probe.prompt, 44),

@@ -7,11 +7,12 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from knowpatch.ask import Ask, Generated
+from knowpatch.ask import Ask
 from knowpatch.future import Future
 from knowpatch.models.passes import Distributions, Scored, Spread
 from knowpatch.models.view import S
 from knowpatch.patch import Patch
+from knowpatch.stepping import Generated
 
 ANSWER_TOKENS = 32
 """Length to which free answers are let go on."""

@@ -21,12 +21,12 @@ from dataclasses import dataclass, field
 from http.client import HTTPException
 from typing import Any
 
-from knowpatch.ask import Generated
 from knowpatch.data.case import REWRITE, Case, Probe
 from knowpatch.future import Future
 from knowpatch.metrics.asker import Asker
 from knowpatch.metrics.metric import Result, Score, metric, register
 from knowpatch.metrics.queries import Asked, per_probe, request_of, values_of
+from knowpatch.stepping import Generated
 
 URL, MODEL, KEY = "KNOWPATCH_JUDGE_URL", "KNOWPATCH_JUDGE_MODEL", "KNOWPATCH_JUDGE_KEY"
 TIMEOUT, TRIES, FIRST_WAIT = 30.0, 3, 0.5

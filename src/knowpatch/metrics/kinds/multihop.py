@@ -14,13 +14,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from knowpatch.ask import Generated
 from knowpatch.data.case import HOP, MULTIHOP, Case, Probe
 from knowpatch.future import Future
 from knowpatch.metrics.asker import Asker
 from knowpatch.metrics.metric import Result, Score, Values, metric, register
 from knowpatch.metrics.queries import Asked, both, per_probe, values_of
 from knowpatch.metrics.text import contains_any, equals_any, first_line, natural_stop
+from knowpatch.stepping import Generated
 
 Right = Callable[[str, Sequence[str]], bool]
 

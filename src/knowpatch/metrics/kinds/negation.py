@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
 
-from knowpatch.ask import Generated
 from knowpatch.data.case import LOCALITY, Case
 from knowpatch.future import Future
 from knowpatch.metrics.asker import Asker
@@ -32,6 +31,7 @@ from knowpatch.metrics.text import contains, contains_any, natural_stop
 from knowpatch.models.passes import Scored
 from knowpatch.parts.spans import separator
 from knowpatch.request import EditRequest
+from knowpatch.stepping import Generated
 
 TOKENS = 8
 """Length of the answers to negated prompts."""

@@ -13,13 +13,13 @@ put in front makes all of them wrong (`retain_gen_published`).
 
 from __future__ import annotations
 
-from knowpatch.ask import Generated
 from knowpatch.data.case import FORGET, RETAIN, Case, Probe
 from knowpatch.future import Future
 from knowpatch.metrics.asker import Asker
 from knowpatch.metrics.metric import Result, metric, register
 from knowpatch.metrics.queries import both, compared
 from knowpatch.metrics.text import contains_any, first_line, refuses
+from knowpatch.stepping import Generated
 
 TOKENS, PUBLISHED_TOKENS = 16, 10
 

@@ -1,0 +1,1 @@
+"""The kinds of procedure, one file each."""

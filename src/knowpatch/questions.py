@@ -1,0 +1,68 @@
+"""What a model can be asked, as the planner keeps it: equal questions are equal values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from knowpatch.answers import key_of
+from knowpatch.models.passes import Ids, Scored
+from knowpatch.patch import Patch
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Force `answer` behind `prompt`, with `patches` beside; `give` says what is wanted of it."""
+
+    prompt: Ids
+    answer: Ids
+    patches: tuple[Patch, ...]
+    give: type[Scored]
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.answer)
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Questions of one kind can run together."""
+        return "score", self.give.__name__
+
+    @property
+    def key(self) -> str:
+        return key_of([*self.kind, self.prompt, self.answer])
+
+    def __lt__(self, other: Scoring) -> bool:
+        return (self.prompt, self.answer) < (other.prompt, other.answer)
+
+
+@dataclass(frozen=True)
+class Saying:
+    """Continue `prompt`, with `patches` beside; see Ask.generate."""
+
+    prompt: Ids
+    tokens: int
+    patches: tuple[Patch, ...]
+    whole: bool
+    top_k: int
+    draw: int
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + self.tokens
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        return "generate", self.tokens, self.whole, self.top_k
+
+    @property
+    def key(self) -> str:
+        return key_of([*self.kind, self.draw, self.prompt])
+
+    def __lt__(self, other: Saying) -> bool:
+        return (self.prompt, self.draw) < (other.prompt, other.draw)
+
+
+Question = Scoring | Saying
+Questions = Sequence[Question]
