@@ -1,7 +1,8 @@
 """Edits: ours against the published programs.
 
     python benchmarks/edit.py DATA/counterfact/counterfact-edit.json
-                              [memit_20 alphaedit_20 ft_m ultraedit_floor] [--json] [--quick]
+                              [memit_20 alphaedit_20 ft_m ft_m_published ultraedit_floor]
+                              [--json] [--quick]
 
 memit_20, alphaedit_20: the first 20 records of CounterFact as one batch (--quick: 4 records and 3
 steps of each value on both sides), by the library's default recipe and by plain/memit.py and
@@ -9,8 +10,10 @@ plain/alphaedit.py with the published hyper-parameters; both are given the same 
 statistics that are there already. success: share of the target's tokens that are the most likely
 when forced, over the batch, so that a reader sees that both sides learn.
 
-ft_m: 20 records (--quick: 4), one at a time, by ft with its defaults and by the published loop
-(plain/ft.py: whole forwards, logits at every place) with the same matrix, rate and stop.
+ft_m: 20 records (--quick: 4), one at a time, by ft with its defaults (bfloat16 passes where these
+are fast) and by the published loop (plain/ft.py: whole forwards, logits at every place, the model's
+own precision) with the same matrix, rate and stop; the success of both is printed. ft_m_published:
+the same at the published depth and in the model's precision, so that both make the same change.
 ultraedit_floor: 100 records (--quick: 20) as one turn of ultraedit as published (one round), whole
 edit, and on the plain side nothing but one forward and backward pass over the same tokens to the
 weights of the same maps: the ratio says what the edit costs beyond that.
@@ -36,7 +39,9 @@ from recipes import accuracy, requests_of
 from torch import Tensor
 
 from knowpatch import Patch, edit, load
+from knowpatch.deltas import Dense
 from knowpatch.editing import Seconds, choose
+from knowpatch.models.roles import at_depth
 from knowpatch.parts.nulls import below_share
 from knowpatch.parts.prefixes import context_prefixes
 from knowpatch.parts.solve import ridged
@@ -49,6 +54,8 @@ WEIGHT = 1_600.0
 """lambda: the published 15,000 per 14,336 inputs, for 1,536."""
 RIDGE = 10.0
 """L2, as published."""
+PUBLISHED_DEPTH = 21 / 32
+"""The layer of FT-M's published settings, as a share of the depth."""
 NULL_SHARE = 0.2
 """Share of the key statistics' trace in the null space; the published 0.02 is a threshold, below
 which a fifth of the energy lies here."""
@@ -99,13 +106,19 @@ class Bench:
         return self._measured("alphaedit", method, change, said)
 
     def ft_m(self) -> Pair:
-        method: Any = choose("ft")
+        return self._tuned("ft_m", {})
+
+    def ft_m_published(self) -> Pair:
+        layer = at_depth(PUBLISHED_DEPTH, len(self.model.view.roles.blocks))
+        return self._tuned("ft_m_published", {"layer": layer, "precision": "model"})
+
+    def _tuned(self, name: str, options: dict[str, Any]) -> Pair:
+        method: Any = choose("ft", options)
         view = self.model.view
         (role,) = method.trained(view, self.requests)
         pairs = self._pairs(self.requests)
-        settings = ft.Settings(
-            method.config.steps, method.config.learning_rate, method.config.enough
-        )
+        config = method.config
+        settings = ft.Settings(config.steps, config.learning_rate, config.enough)
         patches: list[Patch] = []
         changes: list[Tensor] = []
 
@@ -113,21 +126,36 @@ class Bench:
             patches.extend(edit(self.model, request, method=method) for request in self.requests)
 
         def plain() -> None:
-            name = role.address.parameter
-            changes.extend(ft.train(self.model.model, name, pair, settings) for pair in pairs)
+            parameter = role.address.parameter
+            changes.extend(ft.train(self.model.model, parameter, pair, settings) for pair in pairs)
 
         count = len(self.requests)
         settled = {"requests, one at a time": count, "map": role.module}
+        settled["precision of ours"] = config.precision
         pair = measure(
-            "ft_m", ours, plain, n=1, unit="s per edit", settings=settled, per=(count,) * 2
+            name, ours, plain, n=1, unit="s per edit", settings=settled, per=(count,) * 2
         )
         apart = [
             float((patch.deltas[0].change.tensors()["delta"] - change).norm() / change.norm())
             for patch, change in zip(patches, changes, strict=True)
         ]
+        theirs = [
+            method.patch(view, [request], deltas=[method.delta(view, role.address, Dense(change))])
+            for request, change in zip(self.requests, changes, strict=True)
+        ]
         pair.settings["largest relative difference of the changes"] = f"{max(apart):.1e}"
+        pair.settings["success of ours"] = self._each(patches)
+        pair.settings["success of plain"] = self._each(theirs)
         pair.settings["threads"] = torch.get_num_threads()
         return pair
+
+    def _each(self, patches: Sequence[Patch]) -> float:
+        """Success of patches of one request each, every one alone."""
+        scores = []
+        for request, patch in zip(self.requests, patches, strict=True):
+            with self.model.applied(patch):
+                scores.append(accuracy(self.model, request.prompt, request.target))
+        return round(fmean(scores), 3)
 
     def ultraedit_floor(self) -> Pair:
         method: Any = choose("ultraedit", {"rounds": 1})
@@ -221,7 +249,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="four records, few steps")
     args = parser.parse_args()
     bench = Bench(args.file, quick=args.quick)
-    names = args.pairs or ["memit_20", "alphaedit_20", "ft_m", "ultraedit_floor"]
+    names = args.pairs or ["memit_20", "alphaedit_20", "ft_m", "ft_m_published", "ultraedit_floor"]
     report([getattr(bench, name)() for name in names], as_json=args.json)
 
 

@@ -44,9 +44,8 @@ def _trained_plainly(model, examples, name, steps, rate, size, *, order):
 def test_training_is_the_plain_loop(known, architecture, name, layer):
     """The change equals that of full forwards with the same Adam and the same order, to 1e-3."""
     model = known(architecture)
-    method = choose(
-        name, {"steps": 3, "learning_rate": 1e-3, "layer": layer, "batch_size": 2, "enough": 1e-9}
-    )
+    options = {"steps": 3, "learning_rate": 1e-3, "layer": layer, "batch_size": 2, "enough": 1e-9}
+    method = choose(name, {**options, "precision": "model"})
     requests = [*FACTS, LONG]
     (delta,) = edit(model, requests, method=method).deltas
     examples = tuned_loss(model, method, requests)[1]

@@ -53,7 +53,7 @@ class TrainingConfig(MethodConfig):
         None, description="ordinary text: file, folder, hub dataset, or self (the model's own)"
     )
     precision: Literal["auto", "model"] = Field(
-        "model", description="of the passes: bfloat16 where that is fast (auto), or the model's"
+        "auto", description="of the passes: bfloat16 where that is fast, or the model's"
     )
 
 

@@ -21,9 +21,16 @@ from knowpatch.method import register
 from knowpatch.models.roles import LinearRole, at_depth
 from knowpatch.models.view import ModelView
 from knowpatch.parts.descent import Example, Passes
-from knowpatch.parts.tuned import DEPTH, Change, Free, Tuned, TunedConfig
+from knowpatch.parts.tuned import Change, Free, Tuned, TunedConfig
 from knowpatch.request import EditRequest
 
+DEPTH = 4 / 30
+"""The block to edit, as a share of the depth; published on 32 blocks: 21.
+
+The later the block, the more other prompts end up with the new answer. On SmolLM2 (30 blocks), one
+fact of 24 at a time, block 4 left 89 % of what was said elsewhere as it was, block 8 72, block 12 53
+and block 20 42. Every fact was learned at block 4 as well.
+"""
 FT_L: dict[str, Any] = {
     "objective": "last-token",
     "learning_rate": 5e-4,
@@ -40,7 +47,10 @@ class FtConfig(TunedConfig):
         "masked", description="masked (FT-M), last-token (FT-L), unlikelihood (erase requests)"
     )
     layer: int | None = Field(
-        None, ge=0, description="block to edit; by default 21/32 of the depth"
+        None,
+        ge=0,
+        description="block to edit; by default 4/30 of the depth (published: 21/32), since an "
+        "early change disturbs other prompts less",
     )
     bound: float | None = Field(
         None, gt=0, description="largest change of any entry; none: no limit"
