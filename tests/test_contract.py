@@ -53,6 +53,7 @@ OPTIONS = {
     "kn": {"layers": [3], "scale_new": 8.0},
     "memoir": {"layer": 1, "share": 0.5, "rate": 0.25, "steps": 80},
     "wise": {"layer": 1, "share": 0.5, "rate": 0.25, "steps": 60},
+    "melo": {"layer": 1, "layers": [2, 3], "rate": 0.25, "steps": 60},
 }
 # Where a norm follows the MLP, four over-fitted blocks need more of a push.
 NORMED = {

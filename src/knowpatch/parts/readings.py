@@ -38,6 +38,11 @@ def behind_first(tokens: Tokens) -> Tokens:
     return replace(tokens, prompt_BT=tokens.prompt_BT & ~(tokens.first_BT & many_B1))
 
 
+def mean_behind_first(tokens: Tokens) -> Tensor:
+    """The mean over each prompt without the token that begins it, (B, I), float32."""
+    return behind_first(tokens).mean_BI()
+
+
 def tokens_of(view: ModelView, module: str, rows: Sequence[Sequence[int]]) -> Iterator[Tokens]:
     """What enters a module while these prompts are read, some rows at a time."""
     tap = Tap(module, "input")

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
 
 from knowpatch.method import Cost, EditMethod, MethodConfig, Preparation, Shape
+from knowpatch.models.load import fast_dtype
+from knowpatch.models.passes import Act
 from knowpatch.models.roles import LinearRole, at_depth
 from knowpatch.models.view import ModelView
 from knowpatch.parts import calibration, prefixes, readings
@@ -31,13 +33,16 @@ READ_TOKENS = 5_000
 class SideConfig(MethodConfig):
     """Options that these methods share."""
 
-    layer: int | None = Field(None, ge=0, description="block; by default a share of the depth")
+    layer: int | None = Field(None, ge=0, description="block that is read; by default by depth")
     contexts: int = Field(4, ge=0, description="context prefixes to learn it behind as well")
     steps: int = Field(40, ge=1, description="steps of Adam, at most")
     rate: float = Field(
         0.01, gt=0, description="of Adam, as a share of the size (RMS) of the map's weights"
     )
     enough: float = Field(0.02, gt=0, description="stop when the mean loss is below this")
+    precision: Literal["auto", "model"] = Field(
+        "auto", description="of the passes: bfloat16 where that is fast (auto), or the model's"
+    )
     threshold: float | None = Field(
         None, description="from which score on a prompt is recognised; by default calibrated"
     )
@@ -72,12 +77,16 @@ class Side(EditMethod):
     Config: ClassVar[type[SideConfig]] = SideConfig
     depth: ClassVar[float]
 
+    def block(self, count: int) -> int:
+        """The block whose map is read, of a model that has `count`."""
+        return at_depth(self.depth, count, self.config.layer)
+
     def layers(self, count: int) -> tuple[int, ...]:
-        return (at_depth(self.depth, count, self.config.layer),)
+        return (self.block(count),)
 
     def role(self, view: ModelView) -> LinearRole:
-        """The map beside which it is trained."""
-        return view.roles.linear("mlp.out", self.layers(len(view.roles.blocks))[0])
+        """The map that is read."""
+        return view.roles.linear("mlp.out", self.block(len(view.roles.blocks)))
 
     def plan(self) -> tuple[tuple[int, int], ...]:
         """Half of the context prefixes of 5 tokens, half of 10."""
@@ -96,6 +105,12 @@ class Side(EditMethod):
             prompt = view.encode(request.prompt, chat=self.config.chat, before=context)
             found.append(Example(prompt.ids, continuation(view.tokenizer, prompt, request.target)))
         return found
+
+    def passes(self, view: ModelView, examples: Sequence[Example], acts: Sequence[Act]) -> Passes:
+        """Passes over examples with what is trained in the place of modules' outputs."""
+        dtype = fast_dtype(view.device) if self.config.precision == "auto" else None
+        lowest = min(view.roles.block_of(act.module) for act in acts)
+        return Passes(view, examples, lowest=lowest, acts=acts, dtype=dtype)
 
     def descend(
         self,
@@ -121,7 +136,7 @@ class Side(EditMethod):
 
     def reading(self, count: int) -> dict[str, Any]:
         """What names the way of reading prompts in a model of `count` blocks, for the cache."""
-        return {"method": self.name, "layers": self.layers(count), "chat": self.config.chat}
+        return {"method": self.name, "layer": self.block(count), "chat": self.config.chat}
 
     def shown(self, prepared: Any) -> list[str]:
         found = prepared.found

@@ -14,7 +14,7 @@ clipping; no decay of what other edits wrote; the first token does not count in 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -25,11 +25,10 @@ from knowpatch.models.passes import Act
 from knowpatch.models.sites import muted
 from knowpatch.models.view import ModelView
 from knowpatch.parts.calibration import Asked, calibrate
-from knowpatch.parts.descent import Example, Passes
+from knowpatch.parts.descent import Example
 from knowpatch.parts.kinds.residual import RESIDUAL, overlap, residual, stands_out, written
-from knowpatch.parts.readings import background, behind_first, read
+from knowpatch.parts.readings import background, mean_behind_first, read
 from knowpatch.parts.sides import Side, SideConfig, SidePrepared
-from knowpatch.parts.wraps import Tokens
 from knowpatch.patch import Patch
 from knowpatch.request import EditRequest
 
@@ -54,16 +53,19 @@ class Memoir(Side):
     Config = MemoirConfig
     depth: ClassVar[float] = 4 / 30
 
+    def reading(self, count: int) -> dict[str, Any]:
+        return {**super().reading(count), "share": self.config.share}
+
     def prepare(self, view: ModelView) -> SidePrepared:
         module, reading = self.role(view).module, self.reading(len(view.roles.blocks))
         chat = self.config.chat
-        usual = background(view, module, _mean, reading, chat=chat)
+        usual = background(view, module, mean_behind_first, reading, chat=chat)
         found, threshold = None, self.config.threshold
         if threshold is None:
 
             def keys(asked: Sequence[Asked]) -> Tensor:
                 rows = [view.encode(one.prompt, chat=chat).ids for one in asked]
-                return self._masks(read(view, module, rows, _mean), usual)
+                return self._masks(read(view, module, rows, mean_behind_first), usual)
 
             found = calibrate(view.fingerprint, reading, "similarity", keys, overlap)
             threshold = found.threshold(self.config.wrong)
@@ -79,7 +81,7 @@ class Memoir(Side):
         module, usual = self.role(view).module, prepared.background_I
         groups = [self.examples(view, request, prepared.prefixes) for request in requests]
         with muted(RESIDUAL):
-            inputs_NI = read(view, module, [group[0].prompt for group in groups], _mean)
+            inputs_NI = read(view, module, [group[0].prompt for group in groups], mean_behind_first)
             masks_NI = self._masks(inputs_NI, usual)
             rows_UD = self._trained(view, groups, masks_NI, (state or {}).get(module))
         wrap = residual(module, masks_NI, rows_UD, usual, prepared.threshold)
@@ -121,11 +123,6 @@ class Memoir(Side):
             return outputs_BTD + kept_BTU @ (before_UD + leaf_UD)
 
         examples = [example for group in groups for example in group]
-        acts, lowest = [Act(role.module, act)], view.roles.block_of(role.module)
-        passes = Passes(view, examples, lowest=lowest, acts=acts)
+        passes = self.passes(view, examples, [Act(role.module, act)])
         self.descend([leaf_UD], passes, weight_DI)
         return leaf_UD.detach().cpu()
-
-
-def _mean(tokens: Tokens) -> Tensor:
-    return behind_first(tokens).mean_BI()

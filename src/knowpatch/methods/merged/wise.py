@@ -27,7 +27,7 @@ from knowpatch.method import Preparation, Shape, register
 from knowpatch.models.passes import Act
 from knowpatch.models.sites import muted
 from knowpatch.models.view import ModelView
-from knowpatch.parts.descent import Example, Passes
+from knowpatch.parts.descent import Example
 from knowpatch.parts.kinds.side import SIDE, Sharing, distances, next_shard, shard_of, side
 from knowpatch.parts.pilots import pilots
 from knowpatch.parts.readings import prompts_of, tokens_of
@@ -188,8 +188,7 @@ class Wise(Side):
             return loss.mul(config.weight)
 
         examples = [example for group in groups for example in group]
-        lowest, acts = view.roles.block_of(role.module), [Act(role.module, act)]
-        passes = Passes(view, examples, lowest=lowest, acts=acts)
+        passes = self.passes(view, examples, [Act(role.module, act)])
         self.descend([leaf_P], passes, view.weight(role), besides=route)
         return leaf_P.detach()
 

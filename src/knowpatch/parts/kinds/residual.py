@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from knowpatch.errors import PatchError
-from knowpatch.parts.readings import behind_first
+from knowpatch.parts.readings import mean_behind_first
 from knowpatch.parts.wraps import Decision, Kind, Tokens, expect, is_number, register
 from knowpatch.patch import Wrap
 
@@ -131,7 +131,7 @@ class Residual(Kind):
         return self.owners
 
     def decide(self, tokens: Tokens) -> Decision:
-        inputs_BI = behind_first(tokens).mean_BI()
+        inputs_BI = mean_behind_first(tokens)
         masks_NI = self.masks_NI.to(inputs_BI.device)
         scores_BN = inputs_BI.new_empty(len(inputs_BI), len(masks_NI))
         for reader in self.readers:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from knowpatch.errors import PatchError
-from knowpatch.parts.readings import behind_first, prompts_of
+from knowpatch.parts.readings import mean_behind_first, prompts_of
 from knowpatch.parts.ties import ties
 from knowpatch.parts.wraps import Decision, Kind, Tokens, expect, is_number, register
 from knowpatch.patch import Wrap
@@ -182,7 +182,7 @@ class Side(Kind):
         limits_M = self.thresholds_M.to(device)
         best_B = (scores_BM / limits_M).argmax(1)
         scores_B = scores_BM.gather(1, best_B[:, None])[:, 0]
-        nearest_B = self._nearest(behind_first(tokens).mean_BI(), best_B)
+        nearest_B = self._nearest(mean_behind_first(tokens), best_B)
         return Decision.above(scores_B, nearest_B, limits_M[best_B])
 
     def _nearest(self, inputs_BI: Tensor, memory_B: Tensor) -> Tensor:
