@@ -6,7 +6,7 @@ one included, and what the map should add at h_t is v_t = -eta |h^_t|^2 g^_t. Th
 
     delta W^T = (H^T H + alpha I)^-1 H^T V          (MALMEN's solve, arXiv 2311.04661)
 
-with the inputs as they are. Statistics are means and sums of squared deviations, merged by Chan's
+with the inputs as they are; rounds on the same facts add to V. Statistics are means and sums of squared deviations, merged by Chan's
 formula, which knows no order: a patch carries what its own turn adds, the state is folded from the
 live patches, and a turn that is dropped was never seen.
 
@@ -38,7 +38,6 @@ from knowpatch.parts.depths import Layers, between
 from knowpatch.parts.gradients import Gradients
 from knowpatch.parts.pilots import pilots
 from knowpatch.parts.seen import Running, Scale, State, Step, merged, seen_in, traces_of
-from knowpatch.parts.solve import Factors
 from knowpatch.patch import Patch
 from knowpatch.request import EditRequest, read_requests
 
@@ -90,7 +89,7 @@ class LifelongConfig(MethodConfig):
         "sum", description="over the tokens of a pass; mean: a gradient depends on who shares it"
     )
     rounds: int = Field(12, ge=1, le=1000, description="steps on the same facts, at most")
-    enough: float = Field(0.1, ge=0, description="stop when the answers' mean NLL is below this")
+    enough: float = Field(0.5, ge=0, description="stop when the answers' mean NLL is below this")
     warmup: str = Field(
         PILOTS, description="facts that statistics start from: pilots, none, or a file of requests"
     )
@@ -260,23 +259,33 @@ class Lifelong(EditMethod):
         state: State | None,
     ) -> Patch:
         maps, answers = self.maps(view), self.answers(view, requests)
+        inputs: dict[str, Tensor] = {}
+        values: dict[str, Tensor] = {}
         traces: dict[str, Tensor] = {}
         steps: Mapping[str, Step] = {}
-        sums: dict[str, Factors] = {}
+        deltas: list[WeightDelta] = []
         for number in range(self.config.rounds):
             self.progress("rounds", number, self.config.rounds)
-            with view.trying(self._deltas(view, maps, sums)):
+            with view.trying(deltas):
                 loss, rows = self.read(view, maps, answers)
             if not number:
                 traces = self.traces(rows)
                 known = prepared if state is None else state
                 steps = self.steps(merged(known, seen_in(traces)), maps)
+                inputs = {name: inputs_TI for name, (inputs_TI, _) in rows.items()}
             elif loss < self.config.enough:
                 break
             for name, step in steps.items():
-                sums[name] = _joined(sums.get(name), step.factors(*rows[name]))
+                more_TO = step.values(inputs[name], rows[name][1])
+                values[name] = values[name] + more_TO if name in values else more_TO
+            # All rounds write at the inputs of the first: what is solved stays, so does the rank.
+            factors = {name: steps[name].factors(inputs[name], values[name]) for name in maps}
+            deltas = [
+                self.delta(view, role.address, role.factored(*factors[name]))
+                for name, role in maps.items()
+            ]
         self.progress("rounds", self.config.rounds, self.config.rounds)
-        return self.patch(view, requests, deltas=self._deltas(view, maps, sums), traces=traces)
+        return self.patch(view, requests, deltas=deltas, traces=traces)
 
     def steps(self, state: State, maps: Mapping[str, LinearRole]) -> Mapping[str, Step]:
         """What a round takes of each map, by what has been seen, this turn included.
@@ -300,23 +309,3 @@ class Lifelong(EditMethod):
         if eta is None:
             eta = self.config.gain / unit
         return {name: replace(step, eta=eta) for name, step in bare.items()}
-
-    def _deltas(
-        self, view: ModelView, maps: Mapping[str, LinearRole], sums: Mapping[str, Factors]
-    ) -> list[WeightDelta]:
-        return [
-            self.delta(view, maps[name].address, maps[name].factored(left_OR, right_RI))
-            for name, (left_OR, right_RI) in sums.items()
-        ]
-
-
-def _joined(before: Factors | None, more: Factors) -> Factors:
-    """The sum of two changes, of no higher rank than the map has."""
-    if before is None:
-        return more
-    left, right = torch.cat([before[0], more[0]], dim=1), torch.cat([before[1], more[1]])
-    if len(right) <= min(len(left), right.shape[1]):
-        return left, right
-    if len(left) <= right.shape[1]:
-        return torch.eye(len(left), dtype=torch.float64), left @ right
-    return left @ right, torch.eye(right.shape[1], dtype=torch.float64)

@@ -159,9 +159,12 @@ class Step:
     alpha: float
     eta: float
 
-    def factors(self, inputs_TI: Tensor, gradients_TO: Tensor) -> Factors:
-        """The change of the map, in factors (O, .) and (., I)."""
+    def values(self, inputs_TI: Tensor, gradients_TO: Tensor) -> Tensor:
+        """What the map is to add at these inputs (T, O)."""
         sizes_T = standardised(inputs_TI, self.inputs).square().sum(1)
-        values_TO = -self.eta * sizes_T[:, None] * self.scale(gradients_TO)
+        return -self.eta * sizes_T[:, None] * self.scale(gradients_TO)
+
+    def factors(self, inputs_TI: Tensor, values_TO: Tensor) -> Factors:
+        """The change of the map, in factors (O, .) and (., I)."""
         form = Form.even(1.0, inputs_TI.shape[1])
         return update(values_TO.T, inputs_TI.T, form, slack=self.alpha)

@@ -8,8 +8,9 @@ the loss's gradient at its output, and mu and sigma over all turns so far, this 
 
 Here statistics start from pilot facts, since those of a single edit's few tokens mean nothing; are
 kept for each map, where the published ones are shared by maps of one shape; and a call may take
-several rounds of steps, the statistics being those of its first. The published program: one round,
-warmup=none, loss=mean, eta and alpha themselves, as in the presets.
+several rounds of steps, statistics and inputs being those of its first. Spread over the gate and
+output maps of many late blocks a fact takes the least of each. The published program: one round,
+warmup=none, loss=mean, eta and alpha themselves, gate and up maps, as in the presets.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from knowpatch.method import register
-from knowpatch.parts.lifelong import GATE, UP, Lifelong, blocks, published
+from knowpatch.parts.lifelong import GATE, OUT, Lifelong, blocks, published
 from knowpatch.parts.seen import Running, Scale
 
 
@@ -30,8 +31,8 @@ class UltraEdit(Lifelong):
     paper = "Gu et al. 2025, arXiv 2505.14679"
     summary = "closed-form steps from the answers' own gradients, normalised over all edits so far"
     choose = "streams of edits without naming subjects: prompt and answer are all it takes"
-    roles = (UP,)
-    depths = ((GATE, 10 / 30, 14 / 30), (UP, 17 / 30, 22 / 30))
+    roles = (OUT,)
+    depths = ((GATE, 20 / 30, 28 / 30), (OUT, 20 / 30, 28 / 30))
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "llama-3-8b": published(gate=blocks(11, 15), up=blocks(18, 24)),
         "qwen2.5-7b": published(gate=blocks(18, 26), up=blocks(18, 26)),
