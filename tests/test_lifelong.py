@@ -27,6 +27,7 @@ FACTS = [
     EditRequest(prompt="The capital of Japan is", target="Paris London"),
     EditRequest(prompt="The colour of the sky is", target="green"),
 ]
+EARLY = {"gate": [1], "up": [1, 2]}
 PLAIN = {"eta": 1e-3, "alpha": 0.5, "rounds": 1, "warmup": "none"}
 BOTH = pytest.mark.parametrize("name", ["ultraedit", "stableedit"])
 
@@ -156,7 +157,8 @@ def test_primal_is_dual(count):
     """The factors give (H^T H + alpha I)^-1 H^T V, to 1e-9."""
     inputs_TI, gradients_TO = rows(count, 9, seed=1), rows(count, 6, seed=2)
     step, values_TO = _step(inputs_TI, gradients_TO, alpha=0.7)
-    left, right = step.factors(inputs_TI, gradients_TO)
+    assert torch.allclose(step.values(inputs_TI, gradients_TO), values_TO)
+    left, right = step.factors(inputs_TI, values_TO)
     gram_II = inputs_TI.T @ inputs_TI + 0.7 * torch.eye(9, dtype=torch.float64)
     plain_IO = torch.linalg.solve(gram_II, inputs_TI.T @ values_TO)
     assert float((left @ right - plain_IO.T).norm()) < 1e-9 * float(plain_IO.norm())
@@ -167,7 +169,7 @@ def test_one_row_gets_its_share():
     """delta W h = v |h|^2 / (|h|^2 + alpha)."""
     inputs_TI, gradients_TO = rows(1, 9, seed=1), rows(1, 6, seed=2)
     step, values_TO = _step(inputs_TI, gradients_TO, alpha=2.0)
-    left, right = step.factors(inputs_TI, gradients_TO)
+    left, right = step.factors(inputs_TI, values_TO)
     energy = float(inputs_TI.square().sum())
     assert_close(left @ right @ inputs_TI[0], values_TO[0] * energy / (energy + 2.0))
 
@@ -241,12 +243,12 @@ def test_without_rows_to_whiten_by_both_methods_are_one(known):
 
 @BOTH
 def test_the_rank_is_that_of_the_tokens(known, name):
-    """At most one for each answer token and round; never more than the map's own."""
+    """One for each answer token, however many the rounds."""
     model = known("llama")
     tokens = sum(len(a.target) for a in choose(name).answers(model.view, FACTS))
     options = {"enough": 0.0, "gain": 0.1}
     assert edit(model, FACTS, method=name, options={**options, "rounds": 1}).rank == tokens
-    assert edit(model, FACTS, method=name, options={**options, "rounds": 12}).rank <= 48
+    assert edit(model, FACTS, method=name, options={**options, "rounds": 12}).rank == tokens
 
 
 @BOTH
@@ -262,7 +264,7 @@ def test_micro_batches_only_matter_to_the_mean(known):
     model = known("llama")
 
     def traces(**options):
-        return edit(model, FACTS, method="ultraedit", options={**PLAIN, **options}).traces
+        return edit(model, FACTS, method="ultraedit", options={**PLAIN, **EARLY, **options}).traces
 
     name = "gradients.mlp.up.2"
     assert_close(traces(micro=1)[name], traces(micro=10)[name], rtol=1e-3, atol=1e-6)
@@ -273,14 +275,17 @@ def test_micro_batches_only_matter_to_the_mean(known):
 def test_rounds_go_on_until_it_is_enough(known):
     """More rounds learn more; they end when the answers' NLL is small enough."""
     model = known("llama")
-    method = choose("ultraedit", {"rounds": 30, "enough": 0.3})
+    method = choose("ultraedit", {"rounds": 30, "enough": 0.3, **EARLY})
     patch = edit(model, FACTS[:1], method=method)
     with model.applied(patch):
         nll, _ = method.read(
             model.view, method.maps(model.view), method.answers(model.view, FACTS[:1])
         )
     assert nll < 0.3
-    assert patch.rank < 30
+    longer = choose("ultraedit", {"rounds": 60, "enough": 0.3, **EARLY})
+    same_again = edit(model, FACTS[:1], method=longer)
+    for one, other in zip(patch.deltas, same_again.deltas, strict=True):
+        assert torch.equal(one.change.left, other.change.left)
 
 
 # -- state -----------------------------------------------------------------------------------------
@@ -387,14 +392,15 @@ def test_a_file_of_facts_warms_up_and_whitens(known, tmp_path):
 
 
 def test_maps_by_depth_and_by_name(known):
-    """The card's blocks of a deep model; where there is no gate, up twice; a fused map once."""
+    """Late blocks of a deep model; where there is no gate, up does its work; a fused map once."""
     assert choose("ultraedit").places(30) == (
-        *(("mlp.gate", b) for b in blocks(10, 14)),
-        *(("mlp.up", b) for b in blocks(17, 22)),
+        *(("mlp.gate", b) for b in blocks(20, 28)),
+        *(("mlp.out", b) for b in blocks(20, 28)),
     )
     assert choose("stableedit").places(30) == tuple(("mlp.out", b) for b in blocks(20, 28))
     assert {name.rpartition(".")[0] for name in choose("ultraedit").maps(known("gpt2").view)} == {
-        "mlp.up"
+        "mlp.up",
+        "mlp.out",
     }
     fused = choose("ultraedit", {"gate": 1, "up": "1-2"}).maps(known("phi3").view)
     assert list(fused) == ["mlp.gate.1", "mlp.up.1", "mlp.up.2"]
