@@ -27,8 +27,6 @@ from knowpatch.request import EditRequest
 
 SHOWN, KEPT = 8, 24
 """Tokens of a piece of ordinary text that are read, and that are to stay as likely as before."""
-DEPTH = 21 / 32
-"""The published layer on 32-block models, as a share of the depth."""
 Module = Literal["mlp.out", "mlp.up", "mlp.gate", "attn.out", "attn.q", "attn.k", "attn.v"]
 
 

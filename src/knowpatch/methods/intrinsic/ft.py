@@ -28,8 +28,8 @@ DEPTH = 4 / 30
 """The block to edit, as a share of the depth; published on 32 blocks: 21.
 
 The later the block, the more other prompts end up with the new answer. On SmolLM2 (30 blocks), one
-fact of 24 at a time, block 4 left 89 % of what was said elsewhere as it was, block 8 72, block 12 53
-and block 20 42. Every fact was learned at block 4 as well.
+fact of 24 at a time, block 4 left 89 % of what was said elsewhere as it was, block 8 left 72 %,
+block 12 53 % and block 20 42 %. Every fact was learned at block 4 as well.
 """
 FT_L: dict[str, Any] = {
     "objective": "last-token",

@@ -1,9 +1,9 @@
 """LocFT-BF: many facts fine-tuned into one matrix, breadth first, each to its end.
 
-arXiv 2509.22072 (ICLR 2026): every pass goes over all facts in
-shuffled batches of 100, the loss is the cross-entropy of answer and end, and batches that are known
-well enough are skipped. What decides is the order: one step for all facts after the other, not all
-steps for one fact.
+arXiv 2509.22072 (ICLR 2026): every pass goes over all facts in shuffled batches (published: of
+100), the loss is the cross-entropy of answer and end, and batches that are known well enough are
+skipped. What decides is the order: one step for all facts after the other, not all steps for one
+fact.
 """
 
 from __future__ import annotations
@@ -15,18 +15,25 @@ from pydantic import Field
 
 from knowpatch.method import register
 from knowpatch.models.roles import at_depth
-from knowpatch.parts.tuned import DEPTH, Tuned, TunedConfig
+from knowpatch.parts.tuned import Tuned, TunedConfig
 
-PUBLISHED = {"learning_rate": 5e-4, "steps": 25, "batch_size": 100}
+DEPTH = 4 / 30
+"""The block to edit, as a share of the depth; published: 22 of 32, and 6 of 28.
+
+With 200 facts in SmolLM2's block 4 the perplexity of other text is 1.27 of what it was, in block 20
+it is 1.7; small batches and an earlier stop are a part of that.
+"""
+PUBLISHED = {"enough": 1e-2, "learning_rate": 5e-4, "steps": 25, "batch_size": 100}
 
 
 class LocftConfig(TunedConfig):
     """Options of LocFT-BF."""
 
-    layer: int | None = Field(
-        None, ge=0, description="block to edit; by default 21/32 of the depth"
+    layer: int | None = Field(None, ge=0, description="block to edit; by default 4/30 of the depth")
+    batch_size: int = Field(16, ge=1, description="rows per step (published: 100)")
+    enough: float = Field(
+        0.05, gt=0, description="stop when the mean loss is below this (published: 0.01)"
     )
-    batch_size: int = Field(100, ge=1, description="rows per step")
     eos: bool = Field(True, description="learn to stop after the answer")
 
 
