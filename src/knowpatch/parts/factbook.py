@@ -13,11 +13,12 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from knowpatch.errors import PatchError
 from knowpatch.parts.encoders import Encoder
 from knowpatch.parts.spans import separator
 from knowpatch.progress import Progress, silent
@@ -71,6 +72,18 @@ def names(question: str, subject: str | None) -> bool:
     if not subject:
         return False
     return re.search(rf"(?<!\w){re.escape(subject)}(?!\w)", question, re.IGNORECASE) is not None
+
+
+@dataclass(frozen=True)
+class Least:
+    """Cosines from which a question is about a fact: named, where it has the fact's subject in it;
+    unnamed, where it does not."""
+
+    named: float
+    unnamed: float
+
+    def of(self, fact: Fact, question: str) -> float:
+        return self.named if names(question, fact["subject"]) else self.unnamed
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,3 +171,56 @@ def best_keys(queries_QE: Tensor, keys_NE: Tensor, count: int) -> tuple[Tensor, 
     # One query after the other: what one finds does not depend on the others.
     rows = [(keys_NE @ query_E).topk(count) for query_E in queries_QE]
     return torch.stack([row.values for row in rows]), torch.stack([row.indices for row in rows])
+
+
+class Holds(Protocol):
+    """What a patch may keep a book in: a prompt rule or a procedure."""
+
+    @property
+    def data(self) -> Mapping[str, Any]: ...
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]: ...
+
+
+def kept(book: Factbook, encoder: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A book as a patch keeps it: data and tensors."""
+    data = {"facts": list(map(dict, book.facts)), "encoder": encoder}
+    return data, {"keys": book.keys_NE, "fact.index": book.fact_N}
+
+
+def book_of(part: Holds) -> Factbook:
+    """The book that `kept` was given."""
+    facts = tuple(part.data["facts"])
+    return Factbook(facts, part.tensors["keys"], part.tensors["fact.index"], (0,) * len(facts))
+
+
+def holds_book(part: Holds) -> bool:
+    """Whether a part from a file has a whole book, and no other tensors."""
+    data, tensors = part.data, part.tensors
+    if set(tensors) != {"keys", "fact.index"} or not isinstance(data.get("encoder"), str):
+        return False
+    keys, facts = tensors["keys"], tensors["fact.index"]
+    return (
+        are_facts(data.get("facts"))
+        and keys.ndim == 2
+        and facts.ndim == 1
+        and len(keys) == len(facts) > 0
+        and keys.dtype == torch.float32
+        and sorted(set(facts.tolist())) == list(range(len(data["facts"])))
+    )
+
+
+def joined(parts: Sequence[Holds]) -> tuple[Factbook, str]:
+    """The books of several patches as one, and the encoder that all were read by.
+
+    Raises:
+        PatchError: they were read by different ones.
+    """
+    encoders = {part.data["encoder"] for part in parts}
+    if len(encoders) > 1:
+        raise PatchError(
+            "patches whose facts were read by different encoders cannot be in force together "
+            f"({', '.join(sorted(encoders))}): make them anew with one"
+        )
+    return Factbook.joined([book_of(part) for part in parts]), encoders.pop()

@@ -12,13 +12,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from knowpatch.errors import PatchError
 from knowpatch.models.passes import Scored
 from knowpatch.models.view import ModelView
 from knowpatch.parts.encoders import encoder_of
-from knowpatch.parts.factbook import Fact, Factbook, are_facts, names, statement
+from knowpatch.parts.factbook import (
+    Fact,
+    Factbook,
+    holds_book,
+    joined,
+    kept,
+    names,
+    statement,
+)
 from knowpatch.parts.prompting.facts import TEMPLATES, stated
 from knowpatch.parts.rules import Decided, Rendered, RuleKind, register
 from knowpatch.parts.spans import continuation
@@ -54,8 +60,8 @@ def retrieved_rule(book: Factbook, encoder: str, gate: Gate) -> PromptRule:
         encoder: what their keys were made with.
         gate: when one may be stated.
     """
-    data = {"facts": list(map(dict, book.facts)), "encoder": encoder, **vars(gate)}
-    return PromptRule(RETRIEVED, data, {"keys": book.keys_NE, "fact.index": book.fact_N})
+    data, tensors = kept(book, encoder)
+    return PromptRule(RETRIEVED, {**data, **vars(gate)}, tensors)
 
 
 @register("retrieved")
@@ -71,25 +77,16 @@ class Retrieved(RuleKind):
 
     @classmethod
     def check(cls, rule: PromptRule) -> None:
-        data, tensors = rule.data, rule.tensors
-        fields = set(Gate.__dataclass_fields__)
-        good = set(data) == {"facts", "encoder", *fields} and are_facts(data["facts"])
-        good = good and set(tensors) == {"keys", "fact.index"}
-        if not (good and _numbers(rule) and _whole(rule)):
+        fields = {"facts", "encoder", *Gate.__dataclass_fields__}
+        if not (set(rule.data) == fields and holds_book(rule) and _numbers(rule)):
             raise PatchError(f"damaged prompt rule of kind {RETRIEVED}")
 
     @classmethod
     def join(cls, rules: Sequence[PromptRule]) -> Retrieved:
         """All facts behind the newest rule's gate."""
-        encoders = {rule.data["encoder"] for rule in rules}
-        if len(encoders) > 1:
-            raise PatchError(
-                "patches whose facts were read by different encoders cannot be in force together "
-                f"({', '.join(sorted(encoders))}): make them anew with one"
-            )
+        book, encoder = joined(rules)
         last = rules[-1].data
-        gate = Gate(**{name: last[name] for name in Gate.__dataclass_fields__})
-        return cls(Factbook.joined([book_of(rule) for rule in rules]), encoders.pop(), gate)
+        return cls(book, encoder, Gate(**{name: last[name] for name in Gate.__dataclass_fields__}))
 
     def render(self, question: str, view: ModelView, *, chat: bool) -> Rendered:
         encoder = encoder_of(self.encoder, view)
@@ -132,30 +129,12 @@ def confirmations(view: ModelView, pairs: Sequence[tuple[str, str]]) -> list[flo
     return [yes - no for yes, no in zip(said[::2], said[1::2], strict=True)]
 
 
-def book_of(rule: PromptRule) -> Factbook:
-    """The facts of one rule."""
-    facts = tuple(rule.data["facts"])
-    return Factbook(facts, rule.tensors["keys"], rule.tensors["fact.index"], (0,) * len(facts))
-
-
 def _numbers(rule: PromptRule) -> bool:
     data = rule.data
     return (
         data["template"] in TEMPLATES
-        and isinstance(data["encoder"], str)
         and isinstance(data["limit"], int)
         and data["limit"] > 0
         and all(isinstance(data[name], int | float) for name in ("named", "unnamed"))
         and isinstance(data["odds"], int | float | None)
-    )
-
-
-def _whole(rule: PromptRule) -> bool:
-    keys, facts = rule.tensors["keys"], rule.tensors["fact.index"]
-    return (
-        keys.ndim == 2
-        and facts.ndim == 1
-        and len(keys) == len(facts) > 0
-        and keys.dtype == torch.float32
-        and sorted(set(facts.tolist())) == list(range(len(rule.data["facts"])))
     )
