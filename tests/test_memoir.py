@@ -74,7 +74,7 @@ def test_the_stored_mask_is_used_and_the_newest_of_equals():
     total = torch.zeros(6, 2)
     for wrap, columns in zip(wraps, ([0, 1], [1, 2, 3], [0, 1], [4, 5]), strict=True):
         total[columns] += wrap.tensors["rows"]
-    assert torch.allclose(kind.weights_ID, total)
+    assert torch.allclose(kind.rows_UD, total[kind.columns_U])
     assert torch.allclose(written(wraps[:3]) + written(wraps[3:]), total)
     queries = torch.tensor(
         [[5.0, 4, 0, 0, 0, 0], [0, 4, 5, 3, 0, 0], [1.0, 0, 0, 0, 2, 2], [0, 0, 3, 1, 0, 0.5]]

@@ -47,7 +47,7 @@ class SideConfig(MethodConfig):
         None, description="from which score on a prompt is recognised; by default calibrated"
     )
     wrong: float = Field(
-        0.1,
+        0.15,
         ge=0,
         lt=1,
         description="share of prompts out of scope that the threshold lets pass, when calibrated; "

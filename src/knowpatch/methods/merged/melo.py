@@ -119,13 +119,13 @@ class Melo(Side):
         weight_DI = view.weight(role)
         wide, into = weight_DI.shape
         bound = 1 / math.sqrt(into)
-        into_IP = torch.empty(into, self.config.rank)
-        into_IP.uniform_(-bound, bound, generator=draw)
-        out_PD = torch.zeros(self.config.rank, wide)
-        pair = into_IP.to(weight_DI), out_PD.to(weight_DI)
-        for leaf in pair:
-            leaf.requires_grad_()
-        return pair
+        drawn_IP = torch.rand(into, self.config.rank, generator=draw) * 2 * bound - bound
+        into_IP = torch.empty(drawn_IP.shape, device=weight_DI.device)
+        into_IP.copy_(drawn_IP)
+        into_IP.requires_grad_()
+        out_PD = torch.zeros(self.config.rank, wide, device=weight_DI.device)
+        out_PD.requires_grad_()
+        return into_IP, out_PD
 
     def _act(self, module: str, into_IP: Tensor, out_PD: Tensor) -> Act:
         def branch(inputs_BTI: Tensor, outputs_BTD: Tensor, numbers: Sequence[int]) -> Tensor:

@@ -51,7 +51,7 @@ class Memoir(Side):
     summary = "a matrix beside one map; each edit has columns of it, which like prompts find again"
     choose = "many facts one after the other, where rewordings should follow and all else stay"
     Config = MemoirConfig
-    depth: ClassVar[float] = 4 / 30
+    depth: ClassVar[float] = 27 / 32
 
     def reading(self, count: int) -> dict[str, Any]:
         return {**super().reading(count), "share": self.config.share}

@@ -78,9 +78,10 @@ class _Reader:
 @register("residual")
 @dataclass(frozen=True, eq=False)
 class Residual(Kind):
-    """The matrix beside the map, the masks, and whose each is."""
+    """What is written in which columns of the matrix, the masks, and whose each is."""
 
-    weights_ID: Tensor
+    columns_U: Tensor
+    rows_UD: Tensor
     masks_NI: Tensor
     thresholds_N: Tensor
     owners: tuple[int, ...]
@@ -118,9 +119,12 @@ class Residual(Kind):
             masks_NI.append(blank.scatter(1, index_NK, True))
             owners += [owner] * count
         limits = [wraps[owner].data["threshold"] for owner in owners]
+        masks = torch.cat(masks_NI)
+        columns_U = masks.any(0).nonzero()[:, 0]
         return cls(
-            written(wraps),
-            torch.cat(masks_NI),
+            columns_U,
+            written(wraps)[columns_U],
+            masks,
             torch.tensor(limits, dtype=torch.float32),
             tuple(owners),
             tuple(readers.values()),
@@ -146,8 +150,9 @@ class Residual(Kind):
         rows = (decision.entries >= 0).nonzero()[:, 0]
         if not len(rows):
             return outputs_BTD
-        masks_BI = self.masks_NI.to(rows.device)[decision.entries[rows]]
-        kept_BTI = tokens.inputs_BTI[rows].float() * masks_BI[:, None]
-        added_BTD = kept_BTI @ self.weights_ID.to(rows.device)
+        columns_U = self.columns_U.to(rows.device)
+        masks_BU = self.masks_NI.to(rows.device)[decision.entries[rows]][:, columns_U]
+        kept_BTU = tokens.inputs_BTI[rows][..., columns_U].float() * masks_BU[:, None]
+        added_BTD = kept_BTU @ self.rows_UD.to(rows.device)
         outputs = outputs_BTD[rows] + added_BTD.to(outputs_BTD.dtype)
         return outputs_BTD.index_put((rows,), outputs)
