@@ -54,6 +54,8 @@ OPTIONS = {
     "memoir": {"layer": 1, "share": 0.5, "rate": 0.25, "steps": 80},
     "wise": {"layer": 1, "share": 0.5, "rate": 0.25, "steps": 60},
     "melo": {"layer": 1, "layers": [2, 3], "rate": 0.25, "steps": 60},
+    "t_patcher": {"memory": 400, "text": "self"},
+    "calinet": {"learning_rate": 1e-2, "steps": 80},
 }
 # Where a norm follows the MLP, four over-fitted blocks need more of a push.
 NORMED = {

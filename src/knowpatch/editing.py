@@ -17,7 +17,7 @@ from knowpatch.method import METHODS, EditMethod
 from knowpatch.methods import DEFAULT
 from knowpatch.models.beside import session_of
 from knowpatch.models.load import load as load_view
-from knowpatch.models.roles import ROLES
+from knowpatch.models.roles import ROLES, WHOLE
 from knowpatch.models.view import ModelView
 from knowpatch.patch import Patch
 from knowpatch.progress import Progress, silent
@@ -61,7 +61,7 @@ def load(
 
 def unable(view: ModelView) -> dict[str, str]:
     """The methods that cannot edit this model as they come, with the reason."""
-    lacking = {role: view.roles.lacks(role) for role in ROLES}
+    lacking = {role: view.roles.lacks(role) for role in (*ROLES, WHOLE)}
     if not any(lacking.values()):
         return {}
     refused = {}

@@ -37,6 +37,8 @@ EXPERTS = ("experts",)
 
 ROLES = ("mlp.out", "mlp.up", "mlp.gate", "attn.out", "attn.q", "attn.k", "attn.v")
 """The linear maps of a block that a method may ask for."""
+WHOLE = "whole_mlp"
+"""A block's whole MLP as one module, which a method may ask for as well."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,9 @@ class Roles:
 
     def lacks(self, role: str) -> str | None:
         """Why no block has `role`, or None if some block has it."""
-        if any(role in block.linears for block in self.blocks):
+        if any(
+            role in block.linears or (role == WHOLE and block.whole_mlp) for block in self.blocks
+        ):
             return None
         return self.blocks[0].missing.get(role, "not known")
 
@@ -213,7 +217,7 @@ def _find_block(path: str, block: nn.Module) -> Block:
     experts = _child(mlp, EXPERTS)
     if experts is not None:
         count = _count_experts(experts[1])
-        for role in ("mlp.out", "mlp.up", "mlp.gate"):
+        for role in ("mlp.out", "mlp.up", "mlp.gate", WHOLE):
             missing[role] = f"its MLP is a mixture of {count} experts"
         return Block(path, linears, missing)
     _place(linears, missing, "mlp.out", mlp_path, mlp, MLP_OUT)
@@ -222,6 +226,8 @@ def _find_block(path: str, block: nn.Module) -> Block:
     else:
         _place(linears, missing, "mlp.up", mlp_path, mlp, MLP_UP)
         _place(linears, missing, "mlp.gate", mlp_path, mlp, MLP_GATE)
+    if not mlp_name:
+        missing[WHOLE] = "its MLP is not one module"
     return Block(path, linears, missing, mlp_path if mlp_name else None)
 
 

@@ -49,7 +49,7 @@ def key_scope(view: ModelView, role: str, layer: int, progress: Progress = silen
     prompts = [text.replace("{}", name) for text in ABOUT for name in subjects()]
     reworded = [f"{lead} {t[0].lower()}{t[1:]}" for lead in LEAD_INS for t in controls()]
     asked = [*controls(), *reworded]
-    keys_NI = _keys(view, module, [*prompts, *asked], progress)
+    keys_NI = read_ends(view, module, [*prompts, *asked], progress)
     about, rest = keys_NI[: len(prompts)], keys_NI[len(prompts) :]
     plain, moved = rest[: len(controls())], rest[len(controls()) :]
     near = (moved - plain.repeat(len(LEAD_INS), 1)).norm(dim=1).median()
@@ -59,12 +59,13 @@ def key_scope(view: ModelView, role: str, layer: int, progress: Progress = silen
     return found
 
 
-def _keys(view: ModelView, module: str, prompts: Sequence[str], told: Progress) -> Tensor:
+def read_ends(view: ModelView, module: str, prompts: Sequence[str], told: Progress) -> Tensor:
+    """What enters a module at each prompt's last token (N, I), float32."""
     tap, found = Tap(module, "input"), []
     for start in range(0, len(prompts), 32):
-        told("measuring how far apart prompts lie", start, len(prompts))
+        told("reading prompts", start, len(prompts))
         rows = [view.encode(prompt).ids for prompt in prompts[start : start + 32]]
         run = view.run(rows, taps=[tap])
         found.append(run.at(tap, [(i, len(row) - 1) for i, row in enumerate(rows)]))
-    told("measuring how far apart prompts lie", len(prompts), len(prompts))
+    told("reading prompts", len(prompts), len(prompts))
     return torch.cat(found)

@@ -61,18 +61,22 @@ class TunedConfig(TrainingConfig):
     module: Module = Field("mlp.out", description="which matrix of a block")
 
 
-class Change(Protocol):
-    """A change of one matrix while it is trained."""
+class Trained(Protocol):
+    """Something while it is trained."""
 
     @property
     def leaves(self) -> Sequence[Tensor]:
         """What Adam moves."""
 
-    def delta(self) -> Delta:
-        """The change itself as the matrix is stored, float32; differentiable."""
-
     def settle(self) -> None:
         """Called after each step: bring the leaves back to where they may be."""
+
+
+class Change(Trained, Protocol):
+    """A change of one matrix while it is trained."""
+
+    def delta(self) -> Delta:
+        """The change itself as the matrix is stored, float32; differentiable."""
 
 
 class Free:
@@ -197,13 +201,13 @@ class Tuned(EditMethod):
         """What later edits have to know of this one."""
         return {}
 
-    def beside(self, changes: Sequence[Change], passes: Passes) -> Tensor | float:
+    def beside(self, changes: Sequence[Trained], passes: Passes) -> Tensor | float:
         """What is added to the loss of a step, and does not count when to stop is decided."""
         return self.config.keep * passes.drift() if self.config.keep else 0.0
 
     def train(
         self,
-        changes: Sequence[Change],
+        changes: Sequence[Trained],
         passes: Passes,
         *,
         least: int = 0,

@@ -33,7 +33,7 @@ from knowpatch.models.roles import LinearRole
 from knowpatch.models.view import ModelView
 from knowpatch.parts.adapters import Adapted, AdapterConfig, leaf
 from knowpatch.parts.descent import Passes
-from knowpatch.parts.tuned import Change
+from knowpatch.parts.tuned import Trained
 
 SPREAD = 0.02
 """Standard deviation of A's and B's first values."""
@@ -228,14 +228,14 @@ class Adalora(Adapted):
         like = role.address.narrow(view.values(role.address.parameter))
         return Triplets(role, like, self.config.initial_rank, self.config.alpha, self.drawn(role))
 
-    def beside(self, changes: Sequence[Change], passes: Passes) -> Tensor | float:
+    def beside(self, changes: Sequence[Trained], passes: Passes) -> Tensor | float:
         skews = torch.cat([each.skew() for each in _triplets(changes)])
         penalty: Tensor = self.config.orthogonal * skews.mean()
         return penalty + super().beside(changes, passes)
 
     def train(
         self,
-        changes: Sequence[Change],
+        changes: Sequence[Trained],
         passes: Passes,
         *,
         least: int = 0,
@@ -268,5 +268,5 @@ class Adalora(Adapted):
         )
 
 
-def _triplets(changes: Sequence[Change]) -> list[Triplets]:
+def _triplets(changes: Sequence[Trained]) -> list[Triplets]:
     return [each for each in changes if isinstance(each, Triplets)]

@@ -1,0 +1,74 @@
+"""States: what enters a module of a model as it came, over ordinary text and over prompts.
+
+What is added to a module for one fact has to leave these alone. Kept per model and module.
+Axes: M states, I input size of the module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from knowpatch.files import kept_in, write_atomically
+from knowpatch.models.passes import Tap
+from knowpatch.models.view import ModelView
+from knowpatch.parts.pilots import pilots
+from knowpatch.parts.scope import read_ends
+from knowpatch.parts.text import Text, packed_rows
+from knowpatch.probes import controls
+from knowpatch.progress import Progress, silent
+
+VERSION = 1
+KINDS = 10
+"""Kinds of subject that take turns among the pilot facts."""
+TOGETHER = 16
+
+
+def kept_at(fingerprint: str, layer: int, count: int, text: Text, seed: int) -> Path:
+    """The file that the states of one block's MLP are kept in."""
+    content = json.dumps([VERSION, fingerprint, layer, count, text.digest, seed, _prompts()])
+    return kept_in("states", content, ".safetensors")
+
+
+def ordinary_states(
+    view: ModelView, layer: int, count: int, text: Text, *, seed: int, progress: Progress = silent
+) -> Tensor:
+    """What enters the MLP of a block, (M, I) float32: half of it over text, token by token, and
+    half at the last token of prompts (fewer, where there are not as many prompts)."""
+    path = kept_at(view.fingerprint, layer, count, text, seed)
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return load_file(path)["states"]
+    module = view.roles.whole_mlp(layer)
+    asked_MI = read_ends(view, module, _prompts()[: count // 2], progress)
+    wanted = count - len(asked_MI)
+    rows = packed_rows(view, text, wanted, seed=seed, progress=progress)
+    found_MI = torch.cat([*_over(view, module, rows), asked_MI]).cpu().contiguous()
+    write_atomically(path, save({"states": found_MI}))
+    return found_MI
+
+
+def _over(view: ModelView, module: str, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+    tap, found = Tap(module, "input"), []
+    for start in range(0, len(rows), TOGETHER):
+        some = rows[start : start + TOGETHER]
+        run = view.run(some, taps=[tap])
+        places = [(row, at) for row, ids in enumerate(some) for at in range(len(ids))]
+        found.append(run.at(tap, places))
+    return found
+
+
+def _prompts() -> list[str]:
+    """The control prompts, and pilot prompts about all subjects of their kind, in turns."""
+    facts = pilots()
+    found = list(controls())
+    for step in range(len(facts) // KINDS):
+        for number, fact in enumerate(facts):
+            other = facts[(number + step * KINDS) % len(facts)].subject or ""
+            found.append(fact.prompt.replace(fact.subject or "", other))
+    return list(dict.fromkeys(found))
