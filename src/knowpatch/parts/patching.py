@@ -17,6 +17,9 @@ from torch import Tensor
 
 BETA, GAMMA = -3.0, 3.0
 """How silent ordinary states are to leave a neuron; and by how much its own state leads them."""
+FIRM = 0.5
+"""By how much its own state always excites a neuron, whatever the memory asks for: one that is off
+there would learn nothing more."""
 LARGEST = 20.0
 """The highest exponent: above it float32 soon overflows."""
 
@@ -89,7 +92,7 @@ class Cluster:
         keys_NI.requires_grad_()
         biases_N.requires_grad_()
         values_ND.requires_grad_()
-        self._keys_NI, self.biases_N, self._values_ND = keys_NI, biases_N, values_ND
+        self._keys_NI, self._biases_N, self._values_ND = keys_NI, biases_N, values_ND
         self._adam = torch.optim.Adam([keys_NI, biases_N, values_ND], lr=rate)
 
     @property
@@ -98,12 +101,21 @@ class Cluster:
         return self._keys_NI / self._keys_NI.shape[1]
 
     @property
+    def biases_N(self) -> Tensor:
+        return self._biases_N.maximum(FIRM - (self.keys_NI * self.queries_NI).sum(1))
+
+    @property
+    def own_N(self) -> Tensor:
+        """By how much its own state excites each neuron."""
+        return (self.keys_NI * self.queries_NI).sum(1) + self.biases_N
+
+    @property
     def values_ND(self) -> Tensor:
         return self._values_ND * self.unit
 
     @property
     def leaves(self) -> list[Tensor]:
-        return [self._keys_NI, self.biases_N, self._values_ND]
+        return [self._keys_NI, self._biases_N, self._values_ND]
 
     def excited(self, states_MI: Tensor) -> Tensor:
         """By how much relative states excite each neuron, (N, M)."""
@@ -120,6 +132,6 @@ class Cluster:
 
     def settled(self, scale: Scale) -> tuple[Tensor, Tensor, Tensor]:
         """Keys, biases and values for states as they are."""
-        keys_NI = (self.keys_NI / scale.spread_I.to(self.biases_N.device)).detach()
+        keys_NI = (self.keys_NI / scale.spread_I.to(self.queries_NI.device)).detach()
         biases_N = self.biases_N.detach() - keys_NI @ scale.mean_I.to(keys_NI.device)
         return keys_NI.cpu().contiguous(), biases_N.cpu(), self.values_ND.detach().cpu()

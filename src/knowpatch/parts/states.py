@@ -21,8 +21,9 @@ from knowpatch.models.view import ModelView
 from knowpatch.parts.pilots import pilots
 from knowpatch.parts.scope import read_ends
 from knowpatch.parts.text import Text, packed_rows
-from knowpatch.probes import controls
+from knowpatch.probes import controls, subjects
 from knowpatch.progress import Progress, silent
+from knowpatch.request import EditRequest
 
 VERSION = 1
 KINDS = 10
@@ -51,6 +52,28 @@ def ordinary_states(
     found_MI = torch.cat([*_over(view, module, rows), asked_MI]).cpu().contiguous()
     write_atomically(path, save({"states": found_MI}))
     return found_MI
+
+
+def about_others(
+    view: ModelView,
+    module: str,
+    requests: Sequence[EditRequest],
+    count: int,
+    progress: Progress = silent,
+) -> list[Tensor]:
+    """For each request what enters a module at the end of its prompt about other subjects, `count`
+    of them at most (M, I); none where its subject is not known."""
+    prompts: list[str] = []
+    counts = []
+    for request in requests:
+        subject, asked = request.subject or "", request.prompt.lower()
+        inside = bool(subject) and subject in request.prompt
+        others = [name for name in subjects() if name.lower() not in asked] if inside else []
+        prompts += [request.prompt.replace(subject, name) for name in others[:count]]
+        counts.append(len(others[:count]))
+    if not prompts:
+        return [torch.empty(0, view.roles.hidden_size, device=view.device)] * len(requests)
+    return list(read_ends(view, module, prompts, progress).split(counts))
 
 
 def _over(view: ModelView, module: str, rows: Sequence[Sequence[int]]) -> list[Tensor]:

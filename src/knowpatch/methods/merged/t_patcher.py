@@ -28,18 +28,16 @@ from knowpatch.models.view import ModelView
 from knowpatch.parts.descent import Example, Passes
 from knowpatch.parts.kinds.neurons import neurons
 from knowpatch.parts.patching import Cluster, Scale, activation_loss, memory_losses
-from knowpatch.parts.scope import read_ends
-from knowpatch.parts.states import kept_at, ordinary_states
+from knowpatch.parts.states import about_others, kept_at, ordinary_states
 from knowpatch.parts.text import find_text
 from knowpatch.patch import Patch, Wrap
-from knowpatch.probes import subjects
 from knowpatch.request import EditRequest
 
 DEPTH = 1.0
+SAME = 0.05
+"""A state of the memory nearer than this share of a query's length is the query itself."""
 ROUNDS = 3
 """Times that tokens which are wrong after all get neurons, too."""
-FIRM = 0.5
-"""By how much its own state has to excite a neuron; it began with 1."""
 
 
 class TPatcherConfig(MethodConfig):
@@ -172,12 +170,14 @@ class _Training:
         self._together = together
         self._clusters: dict[int, Cluster] = {}
         self._places: dict[int, list[int]] = {}
+        self._same: dict[int, Tensor] = {}
         encoded = [method.encode(view, request) for request in requests]
         self._examples = [Example(prompt.ids, target) for prompt, target in encoded]
-        self._others = self._same_sentences(requests)
+        others = about_others(view, self.module, requests, self.config.others, self.progress)
+        self._others = [self._scale.relative(states_MI) for states_MI in others]
         act = Act(self.module, self._put_out)
         self._passes = Passes(view, self._examples, lowest=layer, acts=[act])
-        self._states, self._unit = self._read()
+        self._states, self._units = self._read()
         self.most = min(self.config.top, len(self._memory_MI))
 
     def run(self) -> list[tuple[int, Cluster]]:
@@ -194,7 +194,7 @@ class _Training:
 
     # -- what is there before ----------------------------------------------------------------------
 
-    def _read(self) -> tuple[list[Tensor], float]:
+    def _read(self) -> tuple[list[Tensor], list[float]]:
         """For each request the states (relative) at which its target is predicted; and the size
         of an entry of what the MLP puts out there."""
         taps = [Tap(self.module, "input"), Tap(self.module, "output")]
@@ -209,25 +209,10 @@ class _Training:
             for i in range(len(e.answer))
         ]
         states_PI = self._scale.relative(run.at(taps[0], places))
-        unit = float(run.at(taps[1], places).square().mean().sqrt())
         lengths = [len(e.answer) for e in self._examples]
-        return list(states_PI.split(lengths)), unit
-
-    def _same_sentences(self, requests: Sequence[EditRequest]) -> list[Tensor]:
-        """For each request the states (relative) at the end of its prompt about others."""
-        prompts: list[str] = []
-        counts = []
-        for request in requests:
-            subject = request.subject or ""
-            inside = bool(subject) and subject in request.prompt
-            others = [name for name in subjects() if name.lower() not in request.prompt.lower()]
-            some = others[: self.config.others] if inside else []
-            prompts += [request.prompt.replace(subject, name) for name in some]
-            counts.append(len(some))
-        if not prompts:
-            return [self._memory_MI[:0]] * len(requests)
-        states_MI = read_ends(self._view, self.module, prompts, self.progress)
-        return list(self._scale.relative(states_MI).split(counts))
+        outputs = run.at(taps[1], places).split(lengths)
+        units = [float(some_PD.square().mean().sqrt()) for some_PD in outputs]
+        return list(states_PI.split(lengths)), units
 
     def _wrong(self, *, guard: bool) -> dict[int, list[int]]:
         """For each request the tokens of its target that are not the likeliest; of one that has
@@ -254,7 +239,9 @@ class _Training:
         queries_NI = self._states[number][self._places[number]]
         out = self._view.roles.hidden_size
         rate = self.config.learning_rate
-        self._clusters[number] = Cluster(queries_NI, out, self._unit, rate)
+        apart_NM = torch.cdist(queries_NI, self._memory_MI)
+        self._same[number] = apart_NM <= SAME * queries_NI.norm(dim=1, keepdim=True)
+        self._clusters[number] = Cluster(queries_NI, out, self._units[number], rate)
 
     def _put_out(self, inputs: Tensor, outputs: Tensor, rows: Sequence[int]) -> Tensor:
         """The MLP with neurons: those of all requests, or each row with its own request's."""
@@ -314,21 +301,24 @@ class _Training:
             cluster.step(grads[3 * start : 3 * start + 3], self.config.clip)
 
     def _besides(self, number: int) -> tuple[Tensor, bool]:
-        """What a request's loss is raised by, and whether its neurons do as they should: fire
-        firmly on their own states, and on nothing else."""
+        """What a request's loss is raised by, and whether its neurons are silent elsewhere."""
         cluster = self._clusters[number]
-        own_N = (cluster.keys_NI * cluster.queries_NI).sum(1) + cluster.biases_N
+        own_N = cluster.own_N
         others_NM = torch.cat(
-            [cluster.excited(self._elsewhere(number)), self._crossed(cluster)], dim=1
+            [
+                cluster.excited(self._memory_MI).masked_fill(self._same[number], float("-inf")),
+                cluster.excited(self._elsewhere(number)),
+                self._crossed(cluster),
+            ],
+            dim=1,
         )
-        fire_N = activation_loss(own_N)
         silent_N, apart_N = memory_losses(own_N, others_NM, self.config.top)
-        loss_N = self.config.activation * fire_N + self.config.silence * (silent_N + apart_N)
-        quiet = bool((others_NM <= 0).all()) and bool((own_N > FIRM).all())
-        return loss_N.mean(), quiet
+        loss_N = self.config.activation * activation_loss(own_N)
+        loss_N = loss_N + self.config.silence * (silent_N + apart_N)
+        return loss_N.mean(), bool((others_NM <= 0).all())
 
     def _elsewhere(self, number: int) -> Tensor:
-        """States (M, I) that are to leave a request's neurons silent."""
+        """States (M, I), besides the memory, that are to leave a request's neurons silent."""
         rest = []
         if self._together:
             rest = [
@@ -337,7 +327,7 @@ class _Training:
                 if other != number
                 for part in (cluster.queries_NI, self._others[other])
             ]
-        return torch.cat([self._memory_MI, self._others[number], *rest])
+        return torch.cat([self._others[number], *rest])
 
     @staticmethod
     def _crossed(cluster: Cluster) -> Tensor:
