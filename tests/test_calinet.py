@@ -150,7 +150,11 @@ def test_only_what_is_false_is_learned(known):
     held = EditRequest(prompt="The capital of France is", subject="France", target="Paris")
     with pytest.raises(EditError, match="holds all 1 facts already"):
         _edit(model, held, only_false=True)
-    false = min(FACTS, key=lambda fact: contrast(model.view, [fact])[0])
+    words = [*tiny.FACTS.values(), *tiny.EDITS.values(), "green", "Madrid", "London"]
+    facts = [fact.model_copy(update={"target": word}) for fact in FACTS for word in words]
+    by_contrast = dict(zip(contrast(model.view, facts), facts, strict=True))
+    assert min(by_contrast) < 0
+    false = by_contrast[min(by_contrast)]
     patch = _edit(model, [held, false], only_false=True)
     assert torch.equal(
         patch.wraps[0].tensors["downs"], _edit(model, false).wraps[0].tensors["downs"]
