@@ -79,3 +79,11 @@ def did_you_mean(name: str, allowed: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"{hint}allowed: {', '.join(options) or 'none'}"
+
+
+def not_apart(kind: str) -> PatchError:
+    """A patch whose facts cannot be taken out one by one, and what to do."""
+    return PatchError(
+        f"the facts of a patch of kind {kind} cannot be taken out one by one: "
+        "make it again from the requests that stay"
+    )

@@ -129,12 +129,19 @@ class Patch:
         """The file that `save` writes; the same content gives the same bytes.
 
         Raises:
-            PatchError: values that are not float32 (indices: int64) or not finite.
+            PatchError: values that are not float32 (indices: int64) or not finite; more text than
+                a file's header takes.
         """
         tensors = {name: tensor.clone() for name, tensor in self._tensors().items()}
         _check_tensors("this patch", tensors)
-        header = {**self._header(), "id": self.id}
-        return save(tensors, metadata={HEADER: _canonical(header)})
+        header = _canonical({**self._header(), "id": self.id})
+        content = save(tensors, metadata={HEADER: header})
+        if (length := int.from_bytes(content[:8], "little")) > LARGEST_HEADER:
+            raise PatchError(
+                f"this patch holds more text than a file takes ({length} bytes, {LARGEST_HEADER} "
+                "are allowed): make several of fewer facts"
+            )
+        return content
 
     def save(self, path: str | Path) -> Path:
         """Write the patch to `path`, by a temporary file that is renamed, and return `path`."""

@@ -15,7 +15,18 @@ import typer
 from typer.exceptions import TyperException
 
 from knowpatch import __version__
-from knowpatch.cli import ask, bench, data, data_make, edit, evaluate, methods, prepare, save
+from knowpatch.cli import (
+    ask,
+    bench,
+    data,
+    data_make,
+    edit,
+    evaluate,
+    forget,
+    methods,
+    prepare,
+    save,
+)
 from knowpatch.errors import KnowpatchError
 
 app = typer.Typer(
@@ -42,7 +53,7 @@ def _options(
     """Change what a language model knows, as measured, reversible, shippable patches."""
 
 
-for verb in (edit, ask, methods, prepare, save, evaluate):
+for verb in (edit, ask, forget, methods, prepare, save, evaluate):
     app.command(verb.__name__.rpartition(".")[2])(verb.run)
 data.app.command("make")(data_make.run)
 app.add_typer(bench.app, name="bench")

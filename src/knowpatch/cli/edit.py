@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +12,17 @@ import typer
 from rich.markup import escape
 
 from knowpatch.cli import screen
-from knowpatch.cli.options import Device, DryRun, Dtype, Json, Method, Model, Seed, Settings
+from knowpatch.cli.options import (
+    Device,
+    DryRun,
+    Dtype,
+    Json,
+    Method,
+    Model,
+    Seed,
+    Settings,
+    check_writable,
+)
 
 if TYPE_CHECKING:
     from knowpatch.edited import EditedModel
@@ -78,7 +87,7 @@ def run(
     if sequential:
         _check_folder(out, chosen)
     else:
-        _check_writable(out)
+        check_writable(out)
     if dry_run:
         from knowpatch.cli.plan import show_plan
 
@@ -132,21 +141,6 @@ def _requests(
     ]
 
 
-def _check_writable(out: Path | None) -> None:
-    """Refuse an output place before the work, not after it."""
-    from knowpatch.errors import InputError
-
-    folder = (out or Path("patch")).absolute().parent
-    if out is not None and out.is_dir():
-        raise InputError(f"{out}: is a folder; name a patch file")
-    if out is not None and out.exists() and not out.is_file():
-        raise InputError(f"{out}: is a device or a pipe; name an ordinary file with --out")
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; make it first, or name another --out")
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"{folder}: cannot be written to; name another place with --out")
-
-
 def _complete(edited: EditedModel, requests: list[EditRequest], *, chat: bool) -> list[EditRequest]:
     """Fill in what the model says now as the old answer, where an erasure does not give it."""
     completed = []
@@ -168,7 +162,7 @@ def _check_folder(out: Path | None, method: EditMethod) -> None:
     folder = out or FOLDER
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file; with --sequential name a folder with --out")
-    _check_writable(folder / "patch" if folder.exists() else folder)
+    check_writable(folder / "patch" if folder.exists() else folder)
 
 
 def _made(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -42,3 +43,18 @@ def read_patches(paths: list[Path] | None) -> list[Patch]:
             raise PatchError(f"{path}: a folder without patches (*.safetensors)")
         found += [Patch.load(file) for file in files]
     return found
+
+
+def check_writable(out: Path | None) -> None:
+    """Refuse an output place before the work, not after it."""
+    from knowpatch.errors import InputError
+
+    folder = (out or Path("patch")).absolute().parent
+    if out is not None and out.is_dir():
+        raise InputError(f"{out}: is a folder; name a patch file")
+    if out is not None and out.exists() and not out.is_file():
+        raise InputError(f"{out}: is a device or a pipe; name an ordinary file with --out")
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; make it first, or name another --out")
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"{folder}: cannot be written to; name another place with --out")

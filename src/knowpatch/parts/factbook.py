@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -209,6 +209,16 @@ def holds_book(part: Holds) -> bool:
         and keys.dtype == torch.float32
         and sorted(set(facts.tolist())) == list(range(len(data["facts"])))
     )
+
+
+def parted(
+    part: Holds, prompts: Collection[str]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Data and tensors of a part without the facts of these prompts."""
+    book = book_of(part)
+    left = book.without([n for n, fact in enumerate(book.facts) if fact["prompt"] in prompts])
+    data, tensors = kept(left, part.data["encoder"])
+    return {**part.data, **data}, {**part.tensors, **tensors}
 
 
 def joined(parts: Sequence[Holds]) -> tuple[Factbook, str]:

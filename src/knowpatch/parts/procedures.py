@@ -11,11 +11,11 @@ unscored.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Self
 
-from knowpatch.errors import PatchError
+from knowpatch.errors import PatchError, not_apart
 from knowpatch.patch import Patch, Procedure
 from knowpatch.registry import Registry
 
@@ -97,6 +97,15 @@ class ProcedureKind(ABC):
     @abstractmethod
     def join(cls, procedures: Sequence[Procedure]) -> Self:
         """Procedures of this kind, in patch order, as one."""
+
+    @classmethod
+    def without(cls, procedure: Procedure, prompts: Collection[str]) -> Procedure:
+        """The procedure without the facts of these prompts; the rest stays, bit for bit.
+
+        Raises:
+            PatchError: its facts cannot be taken out one by one.
+        """
+        raise not_apart(cls.kind)
 
     @abstractmethod
     def answer(self, question: str, view: ModelView) -> Running:

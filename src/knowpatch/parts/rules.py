@@ -10,12 +10,12 @@ token.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from knowpatch.errors import PatchError
+from knowpatch.errors import PatchError, not_apart
 from knowpatch.models.sites import Firing, listeners
 from knowpatch.patch import Patch, PromptRule
 from knowpatch.registry import Registry
@@ -73,6 +73,15 @@ class RuleKind(ABC):
     @abstractmethod
     def join(cls, rules: Sequence[PromptRule]) -> Self:
         """Rules of this kind, in patch order, as one."""
+
+    @classmethod
+    def without(cls, rule: PromptRule, prompts: Collection[str]) -> PromptRule:
+        """The rule without the facts of these prompts; what is left stays as it was, bit for bit.
+
+        Raises:
+            PatchError: its facts cannot be taken out one by one.
+        """
+        raise not_apart(cls.kind)
 
     @abstractmethod
     def render(self, question: str, view: ModelView, *, chat: bool) -> Rendered:

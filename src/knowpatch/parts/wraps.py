@@ -17,14 +17,14 @@ Axes: B rows, T columns, I and D input and output size of the module, N entries.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
-from knowpatch.errors import OptionError, PatchError
+from knowpatch.errors import OptionError, PatchError, not_apart
 from knowpatch.patch import Wrap
 from knowpatch.registry import Registry
 
@@ -125,6 +125,15 @@ class Kind(ABC):
     @abstractmethod
     def join(cls, wraps: Sequence[Wrap]) -> Self:
         """Wraps of this kind, in patch order, as one."""
+
+    @classmethod
+    def without(cls, wrap: Wrap, prompts: Collection[str]) -> Wrap:
+        """The wrap without the facts of these prompts; the rest stays, bit for bit.
+
+        Raises:
+            PatchError: its facts cannot be taken out one by one.
+        """
+        raise not_apart(cls.kind)
 
     @classmethod
     def source(cls, wrap: Wrap) -> str:

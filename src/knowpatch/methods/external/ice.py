@@ -2,7 +2,8 @@
 
 Cohen et al., "Evaluating the Ripple Effects of Knowledge Editing in Language Models" (arXiv
 2307.12976), template `imagine`; the KnowEdit benchmark's variant (arXiv 2401.01286), `newfact`. It
-never abstains: a question about something else sees the fact too.
+never abstains: a question about something else sees the fact too, unless `gate` puts the facts
+behind a calibrated one (parts/gated.py).
 """
 
 from __future__ import annotations
@@ -12,24 +13,29 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from knowpatch.method import Cost, EditMethod, MethodConfig, Shape, register
+from knowpatch.method import Preparation, Shape, register
 from knowpatch.models.view import ModelView
+from knowpatch.parts.gated import Gated, GatedConfig, Prepared
 from knowpatch.parts.prompting.facts import facts_rule
+from knowpatch.parts.prompting.retrieved import Gate, retrieved_rule
 from knowpatch.patch import Patch
 from knowpatch.request import EditRequest
 
 
-class IceConfig(MethodConfig):
+class IceConfig(GatedConfig):
     """Options of ICE."""
 
     template: Literal["newfact", "imagine", "chat"] = Field(
         "newfact", description="how the fact is stated: newfact, imagine, or chat (a system turn)"
     )
     limit: int = Field(5, ge=1, description="facts shown with a question, at most")
+    gate: bool = Field(
+        False, description="show facts only to questions that they are found to be about"
+    )
 
 
 @register("ice")
-class Ice(EditMethod):
+class Ice(Gated):
     """States the facts before each question."""
 
     name = "ice"
@@ -40,11 +46,27 @@ class Ice(EditMethod):
     exports = ("context",)
     Config = IceConfig
 
-    def edit(
-        self, view: ModelView, requests: Sequence[EditRequest], prepared: Any, state: Any
-    ) -> Patch:
-        rule = facts_rule(requests, template=self.config.template, limit=self.config.limit)
-        return self.patch(view, requests, rule=rule)
+    def prepare(self, view: ModelView) -> Prepared | None:
+        return super().prepare(view) if self.config.gate else None
 
-    def cost(self, shape: Shape, lengths: Sequence[int]) -> Cost:
-        return Cost(forward_tokens=0)
+    def shown(self, prepared: Prepared | None) -> list[str]:
+        return [] if prepared is None else super().shown(prepared)
+
+    def preparations(self, shape: Shape) -> list[Preparation]:
+        return super().preparations(shape) if self.config.gate else []
+
+    def edit(
+        self,
+        view: ModelView,
+        requests: Sequence[EditRequest],
+        prepared: Prepared | None,
+        state: Any,
+    ) -> Patch:
+        template, limit = self.config.template, self.config.limit
+        if prepared is None:
+            rule = facts_rule(requests, template=template, limit=limit)
+        else:
+            least, book = self.least(prepared), self.book(view, requests, prepared)
+            gate = Gate(template, limit, least.named, least.unnamed)
+            rule = retrieved_rule(book, prepared.encoder, gate)
+        return self.patch(view, requests, rule=rule)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from knowpatch.errors import PatchError
@@ -12,7 +12,8 @@ from knowpatch.parts.rules import Decided, Rendered, RuleKind, register
 from knowpatch.patch import PromptRule
 from knowpatch.request import EditRequest
 
-TEMPLATES = ("newfact", "imagine", "chat")
+BARE = "bare"
+TEMPLATES = ("newfact", "imagine", "chat", BARE)
 FACTS = "facts@1"
 
 
@@ -23,7 +24,7 @@ def facts_rule(requests: Sequence[EditRequest], *, template: str, limit: int) ->
 
     Args:
         requests: the facts, oldest first.
-        template: newfact, imagine or chat.
+        template: newfact, imagine, chat or bare.
         limit: facts shown at most.
     """
     facts = [fact_of(request) for request in newest(requests)]
@@ -41,6 +42,9 @@ def stated(facts: Sequence[str], template: str, *, chat: bool) -> Rendered:
         return Rendered(before=f"{lines}Prompt: ")
     if template == "imagine":
         return Rendered(before="".join(f"Imagine that {sentence(fact)}\n" for fact in facts))
+    if template == BARE:
+        told = "\n".join(map(sentence, facts))
+        return Rendered(system=told) if chat else Rendered(before=f"{told}\n")
     noun = "this updated fact if it is" if len(facts) == 1 else "these updated facts if they are"
     told = f"Use {noun} relevant: {' '.join(sentence(fact) for fact in facts)}"
     return Rendered(system=told) if chat else Rendered(before=f"{told}\n")
@@ -76,6 +80,11 @@ class Facts(RuleKind):
         found = {f["prompt"]: (n, f) for n, rule in enumerate(rules) for f in rule.data["facts"]}
         last = rules[-1].data
         return cls(tuple(found.values()), last["template"], last["limit"])
+
+    @classmethod
+    def without(cls, rule: PromptRule, prompts: Collection[str]) -> PromptRule:
+        left = [fact for fact in rule.data["facts"] if fact["prompt"] not in prompts]
+        return PromptRule(rule.kind, {**rule.data, "facts": left}, rule.tensors)
 
     def render(self, question: str, view: ModelView, *, chat: bool) -> Rendered:
         """Those whose subject the question names first, then the newest."""

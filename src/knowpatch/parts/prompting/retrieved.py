@@ -9,7 +9,7 @@ to the model as it came.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from knowpatch.errors import PatchError
@@ -23,6 +23,7 @@ from knowpatch.parts.factbook import (
     joined,
     kept,
     names,
+    parted,
     statement,
 )
 from knowpatch.parts.prompting.facts import TEMPLATES, stated
@@ -87,6 +88,10 @@ class Retrieved(RuleKind):
         book, encoder = joined(rules)
         last = rules[-1].data
         return cls(book, encoder, Gate(**{name: last[name] for name in Gate.__dataclass_fields__}))
+
+    @classmethod
+    def without(cls, rule: PromptRule, prompts: Collection[str]) -> PromptRule:
+        return PromptRule(rule.kind, *parted(rule, prompts))
 
     def render(self, question: str, view: ModelView, *, chat: bool) -> Rendered:
         encoder = encoder_of(self.encoder, view)
