@@ -51,6 +51,7 @@ OPTIONS = {
     "anyedit": {"layers": [0], "clamp": 8.0, "tokens": 1000, "ridge": 0.01, "gain": 0.999},
     "unke": {"layer": 0, "clamp": 8.0, "samples": 2, "block_steps": 60, "block_rate": 5e-3},
     "kn": {"layers": [3], "scale_new": 8.0},
+    "memprompt": {"template": "newfact"},  # as the tiny models have learned to read a fact
     "memoir": {"layer": 1, "share": 0.5, "rate": 0.25, "steps": 80},
     "wise": {"layer": 1, "share": 0.5, "rate": 0.25, "steps": 60},
     "melo": {"layer": 1, "layers": [2, 3], "rate": 0.25, "steps": 60},

@@ -21,7 +21,6 @@ from knowpatch.models.view import ModelView
 from knowpatch.parts.editdistance import stripped
 from knowpatch.parts.factbook import newest
 from knowpatch.parts.gated import Gated, GatedConfig, Measured
-from knowpatch.parts.prompting.facts import BARE
 from knowpatch.parts.prompting.retrieved import retrieved_rule
 from knowpatch.parts.prompting.worded import worded_rule
 from knowpatch.patch import Patch
@@ -35,6 +34,9 @@ class MemPromptConfig(GatedConfig):
 
     lookup: Literal["words", "meaning"] = Field(
         "words", description="how the stored question is found: by its letters, or by its meaning"
+    )
+    template: Literal["bare", "newfact", "imagine", "chat"] = Field(
+        "bare", description="how a fact is stated: bare (a sentence), newfact, imagine, or chat"
     )
     distance: float = Field(
         0.25, ge=0, le=1, description="of letters, at most: a share of the longer question"
@@ -68,12 +70,13 @@ class MemPrompt(Gated):
         prepared: Measured | None,
         state: Any,
     ) -> Patch:
+        template = self.config.template
         if prepared is None:
             _note_collisions(requests)
-            rule = worded_rule(requests, template=BARE, distance=self.config.distance)
+            rule = worded_rule(requests, template=template, distance=self.config.distance)
         else:
             book = self.book(view, requests, prepared)
-            rule = retrieved_rule(book, prepared.encoder, self.gate(prepared, BARE))
+            rule = retrieved_rule(book, prepared.encoder, self.gate(prepared, template))
         return self.patch(view, requests, rule=rule)
 
 
