@@ -211,9 +211,7 @@ def holds_book(part: Holds) -> bool:
     )
 
 
-def parted(
-    part: Holds, prompts: Collection[str]
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def parted(part: Holds, prompts: Collection[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Data and tensors of a part without the facts of these prompts."""
     book = book_of(part)
     left = book.without([n for n, fact in enumerate(book.facts) if fact["prompt"] in prompts])

@@ -55,7 +55,14 @@ class Gated(EditMethod):
 
     Config = GatedConfig
 
-    def prepare(self, view: ModelView) -> Prepared:
+    @property
+    def gated(self) -> bool:
+        """Whether this configuration has a gate at all; without one nothing is prepared."""
+        return True
+
+    def prepare(self, view: ModelView) -> Prepared | None:
+        if not self.gated:
+            return None
         name = chosen(self.config.encoder)
         named = unnamed = None
         if self.config.named is None:
@@ -95,7 +102,9 @@ class Gated(EditMethod):
         # A question without the name is never accepted sooner than one with it.
         return Least(named, max(named, unnamed))
 
-    def shown(self, prepared: Prepared) -> list[str]:
+    def shown(self, prepared: Prepared | None) -> list[str]:
+        if prepared is None:
+            return []
         least = self.least(prepared)
         found = []
         if prepared.named is not None:
@@ -107,7 +116,7 @@ class Gated(EditMethod):
     def preparations(self, shape: Shape) -> list[Preparation]:
         name, found = chosen(self.config.encoder), []
         for what, outside in (("named", calibration.other_questions()), ("unnamed", None)):
-            if getattr(self.config, what) is None:
+            if self.gated and getattr(self.config, what) is None:
                 path = calibration.kept_at(shape.fingerprint, self._reading(name, what), outside)
                 found.append(
                     Preparation(f"from which likeness on a fact is shown ({what})", path, 0)

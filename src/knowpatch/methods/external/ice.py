@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from knowpatch.method import Preparation, Shape, register
+from knowpatch.method import register
 from knowpatch.models.view import ModelView
 from knowpatch.parts.gated import Gated, GatedConfig, Prepared
 from knowpatch.parts.prompting.facts import facts_rule
@@ -46,14 +46,9 @@ class Ice(Gated):
     exports = ("context",)
     Config = IceConfig
 
-    def prepare(self, view: ModelView) -> Prepared | None:
-        return super().prepare(view) if self.config.gate else None
-
-    def shown(self, prepared: Prepared | None) -> list[str]:
-        return [] if prepared is None else super().shown(prepared)
-
-    def preparations(self, shape: Shape) -> list[Preparation]:
-        return super().preparations(shape) if self.config.gate else []
+    @property
+    def gated(self) -> bool:
+        return bool(self.config.gate)
 
     def edit(
         self,

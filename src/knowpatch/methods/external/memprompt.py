@@ -16,12 +16,12 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from knowpatch.method import Preparation, Shape, register
+from knowpatch.method import register
 from knowpatch.models.view import ModelView
 from knowpatch.parts.editdistance import stripped
 from knowpatch.parts.factbook import newest
-from knowpatch.parts.gated import Gated, GatedConfig, Measured
-from knowpatch.parts.prompting.retrieved import retrieved_rule
+from knowpatch.parts.gated import Gated, GatedConfig, Prepared
+from knowpatch.parts.prompting.retrieved import Gate, retrieved_rule
 from knowpatch.parts.prompting.worded import worded_rule
 from knowpatch.patch import Patch
 from knowpatch.request import EditRequest
@@ -52,22 +52,18 @@ class MemPrompt(Gated):
     paper = "Madaan et al. 2022, arXiv 2201.06009"
     summary = "a table of questions with facts; the nearest question's fact is put in front"
     choose = "questions that come again in almost the same words; nothing to prepare"
+    exports = ("context",)
     Config = MemPromptConfig
 
-    def prepare(self, view: ModelView) -> Measured | None:
-        return self.measured(view) if self.config.lookup == "meaning" else None
-
-    def shown(self, prepared: Measured | None) -> list[str]:
-        return [] if prepared is None else self.told(prepared)
-
-    def preparations(self, shape: Shape) -> list[Preparation]:
-        return super().preparations(shape) if self.config.lookup == "meaning" else []
+    @property
+    def gated(self) -> bool:
+        return bool(self.config.lookup == "meaning")
 
     def edit(
         self,
         view: ModelView,
         requests: Sequence[EditRequest],
-        prepared: Measured | None,
+        prepared: Prepared | None,
         state: Any,
     ) -> Patch:
         template = self.config.template
@@ -76,7 +72,9 @@ class MemPrompt(Gated):
             rule = worded_rule(requests, template=template, distance=self.config.distance)
         else:
             book = self.book(view, requests, prepared)
-            rule = retrieved_rule(book, prepared.encoder, self.gate(prepared, template))
+            least = self.least(prepared)
+            gate = Gate(template, 1, least.named, least.unnamed)
+            rule = retrieved_rule(book, prepared.encoder, gate)
         return self.patch(view, requests, rule=rule)
 
 
