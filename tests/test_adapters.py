@@ -188,7 +188,7 @@ def test_each_map_draws_its_own_first_values(known):
         ("lora", {"modules": "attn.q,attn.q"}, "each once"),
         ("lora", {"modules": []}, "one map at least"),
         ("adalora", {"initial_rank": 2}, "target_rank is above initial_rank"),
-        ("adalora", {"steps": 15}, "more than initial and final together"),
+        ("adalora", {"steps": 12}, "more than initial and final together"),
     ],
 )
 def test_what_cannot_be_is_one_line(name, options, said):

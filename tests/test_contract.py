@@ -6,6 +6,7 @@ A method from a plug-in folder (KNOWPATCH_METHODS) is held to the same promises 
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -30,7 +31,7 @@ OPTIONS = {
     "ft": {"learning_rate": 1e-2, "steps": 80},
     "locft_bf": {"learning_rate": 1e-2, "steps": 80, "eos": False},
     "lora": {"learning_rate": 1e-2, "steps": 80, "layers": [2, 3]},
-    "adalora": {"learning_rate": 2e-2, "steps": 80, "layers": [2, 3]},
+    "adalora": {"learning_rate": 2e-2, "alpha": 8.0, "steps": 80, "layers": [2, 3]},
     "dinm": {"learning_rate": 1e-2, "steps": 80, "eos": False, "pieces": 2, "text": "self"},
     "crispedit": {
         "learning_rate": 1e-2,
@@ -50,6 +51,13 @@ OPTIONS = {
     "betaedit": {**NULL, "largest": 10.0},
     "anyedit": {"layers": [0], "clamp": 8.0, "tokens": 1000, "ridge": 0.01, "gain": 0.999},
     "unke": {"layer": 0, "clamp": 8.0, "samples": 2, "block_steps": 60, "block_rate": 5e-3},
+    "remedi": {
+        "layer": 0,
+        "facts": str(Path(__file__).parent / "edits.jsonl"),
+        "epochs": 200,
+        "learning_rate": 1e-2,
+        "keep": 0.1,
+    },
     "kn": {"layers": [3], "scale_new": 8.0},
     "memprompt": {"template": "newfact"},  # as the tiny models have learned to read a fact
     "memoir": {"layer": 1, "share": 0.5, "rate": 0.25, "steps": 80},

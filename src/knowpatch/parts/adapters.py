@@ -45,7 +45,7 @@ class AdapterConfig(TrainingConfig):
     layers: Layers | None = Field(
         None, description="blocks to edit, as 4-8; by default a few early ones"
     )
-    alpha: float = Field(8.0, gt=0, description="the change is scaled by alpha / rank")
+    alpha: float = Field(32.0, gt=0, description="the change is scaled by alpha / rank")
     eos: bool | None = Field(
         None, description="learn to stop after the answer; by default only in a chat"
     )

@@ -155,6 +155,7 @@ def descend(
     before: Callable[[int], None] = lambda step: None,
     after: Callable[[int], None] = lambda step: None,
     settle: Callable[[], None] = lambda: None,
+    judge: Callable[[], bool] = lambda: False,
     progress: Progress = silent,
 ) -> None:
     """Adam on `leaves` until the mean loss over examples 0 to count - 1 is small enough.
@@ -168,6 +169,7 @@ def descend(
         before: called with the number of a step when its gradients are there, before Adam moves.
         after: called with the same number when it has moved, the gradients still there.
         settle: called after each step: brings leaves back to where they may be.
+        judge: called after each pass over the examples: whether that was the last one.
         progress: told pass by pass.
 
     Raises:
@@ -196,6 +198,6 @@ def descend(
                 after(done)
                 done += 1
             settle()
-        if sum(losses) / len(losses) < pace.enough and done >= pace.least:
+        if (sum(losses) / len(losses) < pace.enough and done >= pace.least) or judge():
             break
     progress("fine-tuning", pace.steps, pace.steps)

@@ -122,6 +122,15 @@ def continuation(tokenizer: Any, encoded: Encoded, target: str) -> tuple[int, ..
     return tuple(alone)
 
 
+def forms(tokenizer: Any, text: str) -> tuple[tuple[int, ...], ...]:
+    """Ids of a text behind a space, and as it begins a line; each way once."""
+    line = _plain_ids(tokenizer, "\n")
+    behind = _plain_ids(tokenizer, f"\n{text}")
+    ways = [_plain_ids(tokenizer, f" {text}"), _plain_ids(tokenizer, text)]
+    ways += [behind[len(line) :]] if behind[: len(line)] == line else []
+    return tuple(dict.fromkeys(tuple(ids) for ids in ways if ids))
+
+
 def _plain_ids(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 

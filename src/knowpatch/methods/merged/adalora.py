@@ -54,8 +54,11 @@ class AdaloraConfig(AdapterConfig):
 
     initial_rank: int = Field(8, ge=1, description="of each map's change, before any is pruned")
     target_rank: int = Field(4, ge=0, description="mean over the maps in the end")
-    initial: int = Field(5, ge=0, description="steps before ranks are pruned")
-    final: int = Field(10, ge=0, description="last steps, in which ranks stay as they are")
+    alpha: float = Field(64.0, gt=0, description="the change is scaled by alpha / initial_rank")
+    learning_rate: float = Field(1e-2, gt=0, le=1e30, description="of Adam; published: 5e-3")
+    steps: int = Field(24, ge=1, description="passes over the requests, at most")
+    initial: int = Field(4, ge=0, description="passes before ranks are pruned")
+    final: int = Field(8, ge=0, description="last passes, in which ranks stay as they are")
     interval: int = Field(2, ge=1, description="steps from one pruning to the next")
     decays: tuple[float, float] = Field(
         (0.85, 0.85), description="of the averages of importance and of its uncertainty"
