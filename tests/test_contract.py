@@ -65,6 +65,7 @@ OPTIONS = {
     "melo": {"layer": 1, "layers": [2, 3], "rate": 0.25, "steps": 60},
     "t_patcher": {"memory": 400, "text": "self"},
     "calinet": {"learning_rate": 1e-2, "steps": 80},
+    "neuraldb": {"clamp": 8.0, "layer": 0, "threshold": 0.9},
 }
 # Where a norm follows the MLP, four over-fitted blocks need more of a push.
 NORMED = {

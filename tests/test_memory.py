@@ -22,17 +22,18 @@ from test_patch import packed, refused, unpacked
 from knowpatch import editing
 from knowpatch.ask import Ask
 from knowpatch.edited import EditedModel
-from knowpatch.editing import choose, edit
+from knowpatch.editing import choose, edit, prepare
 from knowpatch.errors import OptionError, PatchError
+from knowpatch.method import Shape
 from knowpatch.models.passes import Tap
 from knowpatch.models.view import ModelView
-from knowpatch.parts import scope
 from knowpatch.parts.kinds.codebook import CODEBOOK, Codebook, codebook
 from knowpatch.parts.memory import MARGIN, Memory, grown
+from knowpatch.parts.pilots import pilots
 from knowpatch.parts.spans import continuation
 from knowpatch.parts.wraps import Tokens, join
 from knowpatch.patch import HEADER, Patch, Provenance, Wrap
-from knowpatch.probes import ABOUT, LEAD_INS, controls, subjects
+from knowpatch.probes import controls
 from knowpatch.request import EditRequest
 
 FRANCE, JAPAN, NILE = (
@@ -964,42 +965,31 @@ def test_what_is_trained_on_is_what_is_scored(known):
     assert loss == pytest.approx(-sum(scored.logprobs) / len(scored.ids), abs=1e-4)
 
 
-# -- how far apart prompts lie ---------------------------------------------------------------------
+# -- how far an entry reaches ----------------------------------------------------------------------
 
 
-def test_the_scope_of_a_model_is_what_it_says(known, monkeypatch, tmp_path):
-    """Near: the median way to a rewording; far: what one pair in a hundred of subjects is below."""
+def test_the_radius_is_calibrated_and_shown(known):
+    """At most one in a hundred of the prompts out of scope lies in a ball; the line says so."""
+    model, method = known("llama"), choose("grace")
+    ready = prepare(model, method).prepared
+    found = ready.calibration
+    assert sum(gap <= ready.radius for gap in found.outside) <= 0.01 * len(found.outside)
+    bank = torch.cat([_key(model, fact.prompt, 3) for fact in pilots(60)])
+    controlled = torch.cat([_key(model, text, 3) for text in controls()])
+    gaps = torch.cdist(controlled, bank).amin(1).tolist()
+    assert list(found.outside[-len(gaps) :]) == pytest.approx(gaps, rel=1e-3, abs=1e-3)
+    (line,) = method.shown(ready)
+    assert line.startswith("threshold ")
+    patch = edit(model, FRANCE, method=method)
+    assert patch.wraps[0].tensors["radii"].tolist() == pytest.approx([ready.radius])
+    given = choose("grace", {"radius": 0.25})
+    assert prepare(model, given).prepared.radius == 0.25
+    assert given.shown(prepare(model, given).prepared) == []
+
+
+def test_a_radius_is_calibrated_once(known, monkeypatch, tmp_path):
+    """Kept by model and block; what is damaged is measured anew, what is there is not."""
     monkeypatch.setenv("KNOWPATCH_CACHE", str(tmp_path))
-    monkeypatch.setattr(scope, "controls", lambda: controls()[:20])
-    monkeypatch.setattr(scope, "subjects", lambda: subjects()[:20])
-    model = known("llama")
-    found = scope.key_scope(model.view, "mlp.out", 3)
-
-    def key(text):
-        return _key(model, text, 3)[0].double()
-
-    ways = [
-        float((key(f"{lead} {text[0].lower()}{text[1:]}") - key(text)).norm())
-        for lead in LEAD_INS
-        for text in controls()[:20]
-    ]
-    apart = []
-    for text in ABOUT:
-        keys = torch.stack([key(text.replace("{}", name)) for name in subjects()[:20]])
-        apart += torch.cdist(keys, keys)[*torch.triu_indices(len(keys), len(keys), 1)].tolist()
-    assert found.near == pytest.approx(sorted(ways)[(len(ways) - 1) // 2], rel=1e-3)
-    below = sum(gap < found.far for gap in apart) / len(apart)
-    assert below == pytest.approx(scope.NEAREST, abs=2 / len(apart))
-    patch = edit(model, FRANCE, method="grace")
-    radius = patch.wraps[0].tensors["radii"].tolist()
-    assert radius == pytest.approx([0.5 * min(found.near, found.far)], rel=1e-6)
-
-
-def test_a_scope_is_measured_once(known, monkeypatch, tmp_path):
-    """Kept by model and place; what is damaged is measured anew, what is there is not."""
-    monkeypatch.setenv("KNOWPATCH_CACHE", str(tmp_path))
-    monkeypatch.setattr(scope, "controls", lambda: ("One two three", "Four five six"))
-    monkeypatch.setattr(scope, "subjects", lambda: ("Anna", "London", "Madrid"))
     model, passes = known("llama"), []
     run = ModelView.run
 
@@ -1008,19 +998,16 @@ def test_a_scope_is_measured_once(known, monkeypatch, tmp_path):
         return run(view, *args, **kwargs)
 
     monkeypatch.setattr(ModelView, "run", counting)
-    found = scope.key_scope(model.view, "mlp.out", 3)
-    assert found.near > 0
-    assert found.far > 0
+    found = choose("grace").prepare(model.view)
     assert passes
     passes.clear()
-    assert scope.key_scope(known("llama").view, "mlp.out", 3) == found
+    assert choose("grace").prepare(known("llama").view) == found
     assert not passes
-    other = scope.key_scope(model.view, "mlp.out", 2)
-    assert other != found
-    assert len(list((tmp_path / "scopes").iterdir())) == 2
-    path = scope.kept_at(model.view.fingerprint, "mlp.out", 3)
-    for damaged in (b"", b"{", b"[]", b'{"near": 1}', b"\xff"):
-        path.write_bytes(damaged)
+    assert choose("grace", {"layer": 2}).prepare(model.view) != found
+    assert len(list((tmp_path / "calibrations").iterdir())) == 2
+    (item,) = choose("grace").preparations(Shape(4, 48, 96, model.view.fingerprint))
+    for damaged in (b"", b"{", b"[]", b"\xff"):
+        item.path.write_bytes(damaged)
         passes.clear()
-        assert scope.key_scope(model.view, "mlp.out", 3) == found
+        assert choose("grace").prepare(model.view) == found
         assert passes

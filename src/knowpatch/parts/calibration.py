@@ -111,8 +111,10 @@ def calibrate(
     measure: Measure,
     keys: Keys,
     scores: Scores,
+    queries: Keys | None = None,
     *,
     outside: Sequence[Asked] | None = None,
+    subjects: bool = False,
 ) -> Calibration:
     """The calibration of one way of reading prompts.
 
@@ -121,17 +123,26 @@ def calibrate(
         reading: what names the way of reading, for the cache: method, block, options.
         measure: what scores are.
         keys, scores: read and compare.
+        queries: reads what is asked, where that is not how keys are read.
         outside: prompts out of scope, other than the usual ones.
+        subjects: whether a key stands for its subject, whatever is asked about it, and not for the
+            prompt; a prompt that names it is in its scope then.
     """
     path = kept_at(fingerprint, reading, outside)
     with contextlib.suppress(OSError, ValueError, TypeError):
         within, without = json.loads(path.read_text(encoding="utf-8"))
         return Calibration(measure, tuple(within), tuple(without))
+    queries = queries or keys
     plain, reworded = _inside()
+    away = _outside() if outside is None else outside
     bank = keys(plain)
-    own_QN = scores(keys(reworded), bank)
+    own_QN = scores(queries(reworded), bank)
     own_Q = own_QN[torch.arange(len(reworded)), torch.arange(len(reworded)) % len(plain)]
-    other_QN = scores(keys(_outside() if outside is None else outside), bank)
+    other_QN = scores(queries(away), bank)
+    if subjects:
+        mine_QN = [[(b.subject or "") in a.prompt for b in plain] for a in away]
+        farthest = float("-inf" if measure == "similarity" else "inf")
+        other_QN = other_QN.masked_fill(torch.tensor(mine_QN), farthest)
     best_Q = other_QN.amax(1) if measure == "similarity" else other_QN.amin(1)
     found = own_Q.tolist(), best_Q.tolist()
     write_atomically(path, json.dumps(found).encode())

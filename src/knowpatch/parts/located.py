@@ -11,11 +11,10 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -24,51 +23,32 @@ from torch import Tensor
 from knowpatch.deltas import Dense, WeightDelta
 from knowpatch.errors import EditError
 from knowpatch.files import kept_in, write_atomically
-from knowpatch.method import Cost, EditMethod, MethodConfig, Preparation, Shape
-from knowpatch.models.load import fast_dtype
-from knowpatch.models.passes import Row, Tap
-from knowpatch.models.roles import LinearRole
+from knowpatch.method import Cost, Preparation, Shape
+from knowpatch.models.passes import Tap
 from knowpatch.models.view import ModelView
-from knowpatch.parts import moments, prefixes
-from knowpatch.parts.facts import Fact, read
+from knowpatch.parts import moments
 from knowpatch.parts.pilots import pilots
 from knowpatch.parts.solve import Factors
-from knowpatch.parts.spans import Encoded, continuation, subject_position
 from knowpatch.parts.stabilise import anchor, anchored, kept_off, leading, rect, step
 from knowpatch.parts.tasks import ValueTask
-from knowpatch.parts.values import Term, Value, ValueSettings, optimise
+from knowpatch.parts.valued import ROLE, Valued, ValuedConfig
+from knowpatch.parts.values import Value
 from knowpatch.patch import Patch
 from knowpatch.request import EditRequest
 
 log = logging.getLogger(__name__)
 
-ROLE = "mlp.out"
 ANCHORS = 100
 """Pilot facts whose values say how long values should be."""
 
 
-class LocatedConfig(MethodConfig):
+class LocatedConfig(ValuedConfig):
     """Options that the locate-then-edit methods share."""
 
-    contexts: int = Field(6, ge=0, le=100, description="texts put before the prompt, one at a time")
-    precision: Literal["auto", "model"] = Field(
-        "auto", description="of the replayed passes: bfloat16 where that is fast, or the model's"
-    )
     text: str | None = Field(
         None, description="for key statistics: file, folder, hub dataset, or self (the model's own)"
     )
     tokens: int = Field(20_000, ge=100, description="tokens of text for the key statistics")
-    steps: int = Field(30, ge=2, description="steps of the value's optimisation, at most")
-    learning_rate: float | None = Field(
-        None, gt=0, description="of Adam on the value; by default from the value's size"
-    )
-    clamp: float = Field(6.0, gt=0, description="how far the value may move, in its own length")
-    weight_decay: float = Field(1e-3, ge=0, description="on the value's change")
-    kl_factor: float = Field(0.0625, ge=0, description="on the drift of what the subject is")
-    enough: float = Field(0.03, gt=0, description="stop when the target's mean NLL is below this")
-    hits: int | None = Field(
-        None, ge=1, description="or when the target led in every context in so many steps (ENCORE)"
-    )
     anchor: Literal["scale", "cap"] | None = Field(
         None, description="scale: values as long as pilot edits' (NAS); cap: never longer"
     )
@@ -83,77 +63,12 @@ class LocatedConfig(MethodConfig):
     )
 
 
-class Located(EditMethod):
+class Located(Valued):
     """A method that writes facts into the MLP output map of some blocks."""
 
     family = "intrinsic"
-    needs: ClassVar[tuple[str, ...]] = ("subject",)
-    roles: ClassVar[tuple[str, ...]] = (ROLE,)
     exports = ("merged", "lora", "gguf")
     Config: ClassVar[type[LocatedConfig]] = LocatedConfig
-
-    @abstractmethod
-    def layers(self, count: int) -> tuple[int, ...]:
-        """The blocks to edit of a model that has `count`, from low to high."""
-
-    def layers_of(self, view: ModelView) -> tuple[int, ...]:
-        return self.layers(len(view.roles.blocks))
-
-    def value_modules(self, view: ModelView) -> tuple[str, ...]:
-        """Whose outputs are optimised; the first one's value is written."""
-        return (self.role(view, self.layers_of(view)[-1]).module,)
-
-    def role(self, view: ModelView, layer: int) -> LinearRole:
-        return view.roles.linear(ROLE, layer)
-
-    # -- reading -----------------------------------------------------------------------------------
-
-    def contexts(self, view: ModelView) -> tuple[str, ...]:
-        return prefixes.context_prefixes(view, self.plan(), seed=self.seed, progress=self.progress)
-
-    def plan(self) -> tuple[tuple[int, int], ...]:
-        """Half of the context prefixes of 5 tokens, half of 10."""
-        short = self.config.contexts // 2
-        return ((short, 5), (self.config.contexts - short, 10))
-
-    def task(self, view: ModelView, request: EditRequest, contexts: Sequence[str]) -> ValueTask:
-        """The request's prompt behind each context, and where its subject ends."""
-        subject, chat = request.subject or "", self.config.chat
-
-        def row(encoded: Encoded, target: tuple[int, ...] = ()) -> Row:
-            position = subject_position(encoded, subject)
-            return Row((*encoded.ids, *target[:-1]), position, len(encoded.ids))
-
-        bare, target = self.encode(view, request)
-        rows = [row(bare, target)]
-        for context in contexts[1:]:
-            encoded = view.encode(request.prompt, chat=chat, before=context)
-            rows.append(row(encoded, continuation(view.tokenizer, encoded, request.target)))
-        return ValueTask(target, tuple(rows), row(view.encode(f"{subject} is a", chat=chat)))
-
-    def settings(self, view: ModelView) -> ValueSettings:
-        names = ("steps", "learning_rate", "clamp", "weight_decay", "kl_factor", "enough", "hits")
-        dtype = fast_dtype(view.device) if self.config.precision == "auto" else None
-        return ValueSettings(**{name: getattr(self.config, name) for name in names}, dtype=dtype)
-
-    def terms(
-        self, view: ModelView, requests: Sequence[EditRequest], prepared: Any
-    ) -> Sequence[Term] | None:
-        """What more each fact's value is optimised for, if anything."""
-        return None
-
-    def values(
-        self, view: ModelView, tasks: Sequence[ValueTask], terms: Sequence[Term] | None = None
-    ) -> list[Value]:
-        """The optimised values of facts."""
-        modules, settings = self.value_modules(view), self.settings(view)
-        return optimise(view, modules, tasks, settings, self.progress, terms)
-
-    def read(
-        self, view: ModelView, layer: int, tasks: Sequence[ValueTask], taps: Sequence[Tap] = ()
-    ) -> list[Fact]:
-        """Each fact's keys at a layer, and what `taps` see at the same places, float64."""
-        return read(view, self.role(view, layer).module, tasks, taps)
 
     # -- statistics --------------------------------------------------------------------------------
 
@@ -276,9 +191,7 @@ class Located(EditMethod):
     # -- before an edit ----------------------------------------------------------------------------
 
     def preparations(self, shape: Shape) -> list[Preparation]:
-        tokens = sum(count * length for count, length in self.plan())
-        path = prefixes.kept_at(shape.fingerprint, self.plan(), self.seed)
-        items = [Preparation("context prefixes", path, tokens)]
+        items = super().preparations(shape)
         for number, block in enumerate(self.layers(shape.layers)):
             path = moments.kept_at(
                 shape.fingerprint,
@@ -297,10 +210,9 @@ class Located(EditMethod):
         return items
 
     def cost(self, shape: Shape, lengths: Sequence[int]) -> Cost:
-        rows = 2 + self.config.contexts
-        tokens = self.config.steps * rows * sum(length + 8 for length in lengths)
         blocks = len(self.layers(shape.layers))
-        return Cost(tokens, tokens, extra_bytes=3 * blocks * 8 * shape.inner**2)
+        extra = 3 * blocks * 8 * shape.inner**2
+        return replace(super().cost(shape, lengths), extra_bytes=extra)
 
 
 def traced(patch: Patch, layer: int) -> Factors | None:

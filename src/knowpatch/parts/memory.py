@@ -1,7 +1,6 @@
 """Memory: keys with values, found again by distance.
 
-Entries are rows of tensors. Distances are taken directly, never through a matrix product, so that
-what a query finds does not depend on the queries beside it.
+Entries are rows of tensors; which is nearest is found exactly (parts/nearest.py).
 Axes: N entries, Q queries, I size of a key, D size of a value.
 """
 
@@ -9,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from knowpatch.parts.nearest import Index
 
 Label = tuple[int, ...]
 MARGIN = 1e-5
@@ -38,13 +40,17 @@ class Memory:
 
     def nearest(self, queries_QI: Tensor) -> tuple[Tensor, Tensor]:
         """For each query the distance to its nearest key, and that key's number (Q each)."""
-        distances_QN = torch.cdist(
-            queries_QI.float(), self.keys_NI, compute_mode="donot_use_mm_for_euclid_dist"
-        )
-        least = distances_QN.min(dim=1)
-        return least.values, least.indices
+        distances_Q1, numbers_Q1 = self.index.nearest(queries_QI)
+        return distances_Q1[:, 0], numbers_Q1[:, 0]
+
+    @cached_property
+    def index(self) -> Index:
+        """The keys, to be searched."""
+        return Index(self.keys_NI)
 
     def to(self, device: torch.device) -> Memory:
+        if self.keys_NI.device == device:
+            return self
         return replace(
             self,
             keys_NI=self.keys_NI.to(device),

@@ -18,8 +18,8 @@ from torch import Tensor
 from knowpatch.files import kept_in, write_atomically
 from knowpatch.models.passes import Tap
 from knowpatch.models.view import ModelView
+from knowpatch.parts.inputs import read_ends
 from knowpatch.parts.pilots import pilots
-from knowpatch.parts.scope import read_ends
 from knowpatch.parts.text import Text, packed_rows
 from knowpatch.probes import controls, subjects
 from knowpatch.progress import Progress, silent

@@ -6,7 +6,7 @@ Axes: N tasks, B rows, M wanted places.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,12 +25,19 @@ SMALL = 128
 class ValueTask:
     """One fact: its target, its contexts (the bare prompt first), and where the KL is read.
 
-    The ids of a context end before the target's last token.
+    The ids of a context end before the target's last token. Facts that one value must serve are one
+    task (`merged`): then each context has an answer of its own.
     """
 
     target: tuple[int, ...]
     contexts: tuple[Row, ...]
     kl: Row | None = None
+    own: tuple[tuple[int, ...], ...] | None = None
+
+    @property
+    def answers(self) -> tuple[tuple[int, ...], ...]:
+        """What should follow in each context."""
+        return self.own or (self.target,) * len(self.contexts)
 
     @property
     def rows(self) -> tuple[Row, ...]:
@@ -40,6 +47,17 @@ class ValueTask:
     def reach(self) -> int:
         """Columns from the changed position to the last predicted one."""
         return max(len(row.ids) - row.position for row in self.contexts)
+
+
+def merged(tasks: Sequence[ValueTask]) -> ValueTask:
+    """Facts that one value must serve, as one; its bare prompt, and its KL, are the first one's."""
+    if len(tasks) == 1:
+        return tasks[0]
+    return replace(
+        tasks[0],
+        contexts=tuple(row for task in tasks for row in task.contexts),
+        own=tuple(answer for task in tasks for answer in task.answers),
+    )
 
 
 def batches(tasks: Sequence[ValueTask]) -> list[list[int]]:
@@ -77,12 +95,11 @@ class Places:
         weights: list[float] = []
         rows: list[int] = []
         for number, task in enumerate(tasks):
-            share = 1 / (len(task.target) * len(task.contexts))
-            for row in task.contexts:
-                first = len(row.ids) - len(task.target)
-                where += [(len(rows), first + i) for i in range(len(task.target))]
-                labels += task.target
-                weights += [share] * len(task.target)
+            for row, answer in zip(task.contexts, task.answers, strict=True):
+                first = len(row.ids) - len(answer)
+                where += [(len(rows), first + i) for i in range(len(answer))]
+                labels += answer
+                weights += [1 / (len(answer) * len(task.contexts))] * len(answer)
                 rows.append(number)
             if task.kl is not None:
                 where.append((len(rows), task.kl.position))

@@ -229,6 +229,19 @@ def expect(
         raise PatchError(f"damaged wrap of kind {wrap.kind}")
 
 
+def by_tensor(wraps: Sequence[Wrap], name: str) -> list[list[int]]:
+    """Numbers of wraps in groups: those whose tensor of this name is the same, bit for bit."""
+    groups: list[list[int]] = []
+    for number, wrap in enumerate(wraps):
+        mine = wrap.tensors[name]
+        group = next((g for g in groups if torch.equal(wraps[g[0]].tensors[name], mine)), None)
+        if group is None:
+            groups.append([number])
+        else:
+            group.append(number)
+    return groups
+
+
 def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 

@@ -23,9 +23,9 @@ from torch import Tensor
 from knowpatch.method import register
 from knowpatch.models.view import ModelView
 from knowpatch.parts.keep import Ridge
-from knowpatch.parts.located import ROLE
 from knowpatch.parts.published import PLAIN, SPREAD, extended
 from knowpatch.parts.spread import Spread, WeighedConfig, weighed
+from knowpatch.parts.valued import ROLE
 from knowpatch.parts.values import ValueSettings
 
 
