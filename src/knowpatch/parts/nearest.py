@@ -96,7 +96,8 @@ class Index:
             limits_Q1 = apart_QN.topk(count, largest=False).values[:, -1:]
         reach_Q1 = 4 * SLACK * queries_QI.norm(dim=1, keepdim=True) * squares_N.max().sqrt()
         # What is not a number is near to everything, and found as that.
-        return ~(apart_QN > limits_Q1 + reach_Q1)
+        far_QN: Tensor = apart_QN > limits_Q1 + reach_Q1
+        return ~far_QN
 
 
 def _gaps(queries_PI: Tensor, keys_PI: Tensor) -> Tensor:
