@@ -58,6 +58,7 @@ SETTINGS = {
         *("--set", "layer=0", "--set", "clamp=8", "--set", "samples=2"),
         *("--set", "block_steps=60", "--set", "block_rate=0.005"),
     ),
+    "ike": ("--set", "demonstrations=0"),
     "memprompt": ("--set", "template=newfact"),
     "kn": ("--set", "layers=3", "--set", "scale_new=8"),
 }

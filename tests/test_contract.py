@@ -60,6 +60,7 @@ OPTIONS = {
     },
     "kn": {"layers": [3], "scale_new": 8.0},
     "memprompt": {"template": "newfact"},  # as the tiny models have learned to read a fact
+    "ike": {"demonstrations": 0},
     "memoir": {"layer": 1, "share": 0.5, "rate": 0.25, "steps": 80},
     "wise": {"layer": 1, "share": 0.5, "rate": 0.25, "steps": 60},
     "melo": {"layer": 1, "layers": [2, 3], "rate": 0.25, "steps": 60},

@@ -23,6 +23,7 @@ MEMORIES = {
     "ice": {},
     "scr": {"encoder": OWN},
     "memprompt": {},
+    "ike": {"encoder": OWN, "demonstrations": 3},
 }
 
 

@@ -169,15 +169,20 @@ def _lower(one: Asked) -> str:
     return one.prompt if opens else one.prompt[0].lower() + one.prompt[1:]
 
 
+def about_others() -> list[list[Asked]]:
+    """Each pilot prompt of the bank about other subjects of the same kind."""
+    facts, found = pilots(BANK), []
+    for number, fact in enumerate(facts):
+        steps = range(1, OTHERS + 1)
+        names = [facts[(number + step * KINDS) % BANK].subject or "" for step in steps]
+        found.append([Asked(fact.prompt.replace(fact.subject or "", one), one) for one in names])
+    return found
+
+
 def _outside() -> list[Asked]:
     """Pilot prompts about other subjects of the same kind, and the control prompts."""
-    facts = pilots(BANK)
-    found = []
-    for number, fact in enumerate(facts):
-        for step in range(1, OTHERS + 1):
-            other = facts[(number + step * KINDS) % BANK].subject or ""
-            found.append(Asked(fact.prompt.replace(fact.subject or "", other), other))
-    return found + [Asked(prompt, None) for prompt in controls()]
+    others = [one for some in about_others() for one in some]
+    return others + [Asked(prompt, None) for prompt in controls()]
 
 
 def _median(values: Sequence[float]) -> float:

@@ -41,7 +41,12 @@ def fact_of(request: EditRequest) -> dict[str, Any]:
 
 def statement(fact: Fact) -> str:
     """A fact as the text that its prompt and its target make."""
-    return f"{fact['prompt']}{separator(fact['prompt'], fact['target'])}{fact['target']}"
+    return said(fact["prompt"], fact["target"])
+
+
+def said(prompt: str, answer: str) -> str:
+    """A prompt and its answer as one text."""
+    return f"{prompt}{separator(prompt, answer)}{answer}"
 
 
 def are_facts(value: Any) -> bool:
