@@ -37,7 +37,7 @@ class SideConfig(MethodConfig):
     contexts: int = Field(4, ge=0, description="context prefixes to learn it behind as well")
     steps: int = Field(40, ge=1, description="steps of Adam, at most")
     rate: float = Field(
-        0.01, gt=0, description="of Adam, as a share of the size (RMS) of the map's weights"
+        0.02, gt=0, description="of Adam, as a share of the size (RMS) of the map's weights"
     )
     enough: float = Field(0.02, gt=0, description="stop when the mean loss is below this")
     precision: Literal["auto", "model"] = Field(

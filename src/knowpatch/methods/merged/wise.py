@@ -15,7 +15,8 @@ live edits left it, so that what it adds is its own, where the paper's code trai
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -38,6 +39,10 @@ from knowpatch.request import EditRequest
 
 OTHERS = 8
 """Other subjects that a prompt is trained to be told from; as many are held out."""
+TOGETHER = 16
+"""Prompts out of scope that are looked at in one step."""
+PILOTS = 30
+"""Pilot prompts among those that no edit is about, beside every second control prompt."""
 State = tuple[Wrap, ...]
 
 
@@ -52,7 +57,7 @@ class WiseConfig(SideConfig):
         "what the map puts out; others should have a quarter (alpha), and be a half apart (gamma)",
     )
     between: float = Field(
-        0.5, gt=0, lt=1, description="where the threshold lies, from others to the edited prompt"
+        0.8, gt=0, lt=1, description="where the threshold lies, from others to the edited prompt"
     )
     weight: float = Field(1.0, ge=0, description="of the routing loss, distances in such shares")
     full: int = Field(50, ge=1, description="edits that a copy takes")
@@ -77,10 +82,15 @@ class _Routing:
     trained: Sequence[Tensor]
     held: Sequence[Tensor]
 
-    def loss(self, side_ID: Tensor, beta: float) -> Tensor:
+    def turns(self) -> Iterator[Sequence[Tensor]]:
+        """Those that are trained on, about TOGETHER at a time, of all sorts, over and over."""
+        count = max(1, len(self.trained) // TOGETHER)
+        return itertools.cycle([self.trained[number::count] for number in range(count)])
+
+    def loss(self, side_ID: Tensor, others: Sequence[Tensor], beta: float) -> Tensor:
         """The margins in units of beta; alpha is a quarter of it, gamma a half."""
         in_B = distances(self.inside, side_ID) / beta
-        out_B = distances(self.trained, side_ID) / beta
+        out_B = distances(others, side_ID) / beta
         gaps_BB = 0.5 + out_B[:, None] - in_B
         terms = (out_B - 0.25).relu().mean(), (1 - in_B).relu().mean(), gaps_BB.relu().mean()
         total: Tensor = torch.stack(terms).sum()
@@ -176,7 +186,7 @@ class Wise(Side):
         unit: float,
     ) -> Tensor:
         """What is added to the masked entries of the copy."""
-        role, config = self.role(view), self.config
+        role, config, turns = self.role(view), self.config, routing.turns()
         leaf_P = torch.zeros(len(index_P), device=before_ID.device)
         leaf_P.requires_grad_()
 
@@ -184,7 +194,8 @@ class Wise(Side):
             return outputs_BTD + inputs_BTI.float() @ _added(before_ID, index_P, leaf_P)
 
         def route() -> Tensor:
-            loss = routing.loss(_added(before_ID, index_P, leaf_P), config.apart * unit)
+            side_ID = _added(before_ID, index_P, leaf_P)
+            loss = routing.loss(side_ID, next(turns), config.apart * unit)
             return loss.mul(config.weight)
 
         examples = [example for group in groups for example in group]
@@ -219,7 +230,7 @@ def _added(before_ID: Tensor, index_P: Tensor, values_P: Tensor) -> Tensor:
 
 def _others() -> list[str]:
     """Prompts that no edit is about."""
-    return [*controls(), *(fact.prompt for fact in pilots())]
+    return [*controls()[::2], *(fact.prompt for fact in pilots(PILOTS))]
 
 
 def _about_others(request: EditRequest) -> list[str]:
