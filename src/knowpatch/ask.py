@@ -18,8 +18,8 @@ from knowpatch.answers import Answers
 from knowpatch.errors import RequestError, Unscored
 from knowpatch.future import Future
 from knowpatch.held import Carried
-from knowpatch.models import shared, trials
-from knowpatch.models.passes import Distributions, Ids, Scored
+from knowpatch.models import mixing, shared, trials
+from knowpatch.models.passes import Distributions, Ids, Scored, Second
 from knowpatch.models.sampling import Sampled
 from knowpatch.models.view import ModelView, S
 from knowpatch.parts.procedures import Asking, InForce, Say
@@ -48,9 +48,9 @@ class Speaker(Protocol):
 
     def carry(self, row: Carried) -> tuple[Patch, ...]: ...
 
-    def encode(
+    def readings(
         self, prompt: str, *, chat: bool = False, patches: Sequence[Patch] | None = None
-    ) -> Encoded: ...
+    ) -> tuple[Encoded, Second | None]: ...
 
 
 class Ask:
@@ -85,12 +85,13 @@ class Ask:
         """
         if self._procedure(patches) is not None:
             return Future.failed(Unscored("a procedure answers in steps: no answer can be forced"))
-        encoded, carried = self._encode(prompt, patches, chat=chat)
+        encoded, second, carried = self._encode(prompt, patches, chat=chat)
         if isinstance(answer, str):
             ids = continuation(self.model.view.tokenizer, encoded, answer)
         else:
             ids = tuple(answer)
-        return self._waiting.setdefault(Scoring(encoded.ids, ids, carried, give), Future(self.run))
+        question = Scoring(encoded.ids, ids, carried, give, second)
+        return self._waiting.setdefault(question, Future(self.run))
 
     def generate(
         self,
@@ -118,8 +119,8 @@ class Ask:
             if whole or top_k:
                 return Future.failed(Unscored("a procedure's answer has the length that it has"))
             return self._in_steps(prompt, procedure, patches)
-        encoded, carried = self._encode(prompt, patches, chat=chat)
-        question = Saying(encoded.ids, max_new_tokens, carried, whole, top_k or 0, draw)
+        encoded, second, carried = self._encode(prompt, patches, chat=chat)
+        question = Saying(encoded.ids, max_new_tokens, carried, whole, top_k or 0, draw, second)
         return self._waiting.setdefault(question, Future(self.run))
 
     def _procedure(self, patches: Sequence[Patch] | None) -> InForce | None:
@@ -137,18 +138,18 @@ class Ask:
         return stepping.future
 
     def _said(self, say: Say, patches: Sequence[Patch] | None) -> Future[Generated]:
-        encoded, carried = self._encode(say.prompt, patches, chat=False)
-        question = Saying(encoded.ids, say.tokens, carried, False, 0, 0)
+        encoded, second, carried = self._encode(say.prompt, patches, chat=False)
+        question = Saying(encoded.ids, say.tokens, carried, False, 0, 0, second)
         return self._waiting.setdefault(question, Future(self.run))
 
     def _encode(
         self, prompt: str, patches: Sequence[Patch] | None, *, chat: bool
-    ) -> tuple[Encoded, tuple[Patch, ...]]:
+    ) -> tuple[Encoded, Second | None, tuple[Patch, ...]]:
         carried = self.model.carried() if patches is None else self.model.carry(patches)
-        encoded = self.model.encode(prompt, chat=chat, patches=carried)
+        encoded, second = self.model.readings(prompt, chat=chat, patches=carried)
         if not encoded.ids:
             raise RequestError("an empty prompt was given; give a question, or the start of a text")
-        return encoded, carried
+        return encoded, second, carried
 
     def run(self) -> None:
         """Answer everything asked so far."""
@@ -200,19 +201,23 @@ class Ask:
     def _answer(self, batch: Questions, begun: Sequence[Ids]) -> Sequence[Scored | Generated]:
         """Answer questions of one kind, each beginning with `begun`."""
         view, rows, first = self.model.view, tuple(q.patches for q in batch), batch[0]
+        seconds = [q.second for q in batch if q.second is not None]
         if isinstance(first, Scoring):
             pairs = [(q.prompt, q.answer) for q in batch if isinstance(q, Scoring)]
+            if seconds:
+                return mixing.score(view, pairs, seconds, rows, first.give)
             return shared.score(view, pairs, rows, begun, first.give)
         draws = tuple(q.draw for q in batch if isinstance(q, Saying))
-        said = shared.generate(
-            view,
-            [q.prompt for q in batch],
-            rows,
-            begun[0],
-            max_new_tokens=first.tokens,
-            sampled=Sampled(first.top_k, draws) if first.top_k else None,
-            whole=first.whole,
-        )
+        prompts, sampled = [q.prompt for q in batch], Sampled(first.top_k, draws)
+        how: dict[str, Any] = {
+            "max_new_tokens": first.tokens,
+            "sampled": sampled if first.top_k else None,
+            "whole": first.whole,
+        }
+        if seconds:
+            said = mixing.generate(view, prompts, seconds, rows, **how)
+        else:
+            said = shared.generate(view, prompts, rows, begun[0], **how)
         return [Generated(ids, view.decode(ids)) for ids in said]
 
     def _batches(self, questions: Sequence[Question]) -> Iterator[tuple[Questions, list[Ids]]]:
@@ -242,13 +247,15 @@ class Ask:
         for kind in sorted({question.kind for question in questions}):
             mine = [question for question in questions if question.kind == kind]
             apart = kind[0] == "generate"
-            begun = shared.heads(
-                self.model.view,
-                [question.prompt for question in mine],
-                tuple(question.patches for question in mine),
-                [question.length for question in mine],
-                apart=apart,
-            )
+            begun: list[Ids] = [()] * len(mine)
+            if mine[0].second is None:  # of two readings the beginnings are not shared
+                begun = shared.heads(
+                    self.model.view,
+                    [question.prompt for question in mine],
+                    tuple(question.patches for question in mine),
+                    [question.length for question in mine],
+                    apart=apart,
+                )
             ordered = []
             for head, question in zip(begun, mine, strict=True):
                 # A generation goes on from one beginning; to score, all are read in one pass.

@@ -31,8 +31,9 @@ from knowpatch.models.beside import check_beside, repeats, session_of
 from knowpatch.models.beside import session as beside_session
 from knowpatch.models.fingerprint import tensor_digest
 from knowpatch.models.gguf import quiet_transformers
+from knowpatch.models.passes import Second
 from knowpatch.models.view import ModelView
-from knowpatch.parts.rules import rendered
+from knowpatch.parts.rules import read
 from knowpatch.parts.spans import Encoded
 from knowpatch.patch import Patch
 from knowpatch.progress import Progress, silent
@@ -123,16 +124,19 @@ class EditedModel:
     def encode(
         self, prompt: str, *, chat: bool = False, patches: Sequence[Patch] | None = None
     ) -> Encoded:
-        """A question as ids, rewritten by the live prompt rules and by those of `patches`.
+        """The ids that `readings` gives; OptionError if there are two, which only `ask` can mix."""
+        encoded, second = self.readings(prompt, chat=chat, patches=patches)
+        if second is not None:
+            raise OptionError("a patch in force mixes two readings of a question: use `ask`")
+        return encoded
 
-        Args:
-            prompt: the question.
-            chat: whether it is asked through the chat template.
-            patches: that the question carries; by default those of this context's session.
-        """
+    def readings(
+        self, prompt: str, *, chat: bool = False, patches: Sequence[Patch] | None = None
+    ) -> tuple[Encoded, Second | None]:
+        """A question as the live prompt rules and those of `patches` rewrite it (by default those
+        of this context's session), with its second reading where a rule wants one."""
         carried = self.carried() if patches is None else patches
-        around = rendered((*self._live, *carried), prompt, self.view, chat=chat)
-        return self.view.encode(prompt, chat=chat, before=around.before, system=around.system)
+        return read((*self._live, *carried), prompt, self.view, chat=chat)
 
     def ask(self, prompt: str, *, max_new_tokens: int = 24, chat: bool = False) -> str:
         """The model's greedy answer, as text."""

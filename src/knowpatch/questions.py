@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from knowpatch.answers import key_of
-from knowpatch.models.passes import Ids, Scored
+from knowpatch.models.passes import Ids, Scored, Second
 from knowpatch.patch import Patch
 
 
@@ -19,15 +19,16 @@ class Scoring:
     answer: Ids
     patches: tuple[Patch, ...]
     give: type[Scored]
+    second: Second | None = None
 
     @property
     def length(self) -> int:
-        return len(self.prompt) + len(self.answer)
+        return _longest(self.prompt, self.second) + len(self.answer)
 
     @property
     def kind(self) -> tuple[Any, ...]:
         """Questions of one kind can run together."""
-        return "score", self.give.__name__
+        return "score", self.give.__name__, *_mixing(self.second)
 
     @property
     def key(self) -> str:
@@ -47,14 +48,15 @@ class Saying:
     whole: bool
     top_k: int
     draw: int
+    second: Second | None = None
 
     @property
     def length(self) -> int:
-        return len(self.prompt) + self.tokens
+        return _longest(self.prompt, self.second) + self.tokens
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        return "generate", self.tokens, self.whole, self.top_k
+        return "generate", self.tokens, self.whole, self.top_k, *_mixing(self.second)
 
     @property
     def key(self) -> str:
@@ -62,6 +64,16 @@ class Saying:
 
     def __lt__(self, other: Saying) -> bool:
         return (self.prompt, self.draw) < (other.prompt, other.draw)
+
+
+def _longest(prompt: Ids, second: Second | None) -> int:
+    """Tokens of the longer reading."""
+    return len(prompt) if second is None else max(len(prompt), len(second.prompt))
+
+
+def _mixing(second: Second | None) -> tuple[str, ...]:
+    """What tells questions that are read in two ways from others."""
+    return () if second is None else ("mixed",)
 
 
 Question = Scoring | Saying

@@ -77,6 +77,14 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Second:
+    """A second reading of a question, and its share of the prediction, between 0 and 1."""
+
+    prompt: Ids
+    share: float
+
+
+@dataclass(frozen=True)
 class Scored:
     """A forced answer: for each of its tokens, was it the most likely, and its log-probability."""
 

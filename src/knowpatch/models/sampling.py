@@ -23,6 +23,15 @@ class Sampled:
         return cls(top_k, tuple(seed * 1_000_003 + i for i in range(count)))
 
 
+@dataclass(frozen=True)
+class Mixed:
+    """Row i and row i + B of 2 B rows are readings of one question: the later one has shares[i] of
+    the prediction, and both go on with the same token, chosen as `sampled` says."""
+
+    shares: tuple[float, ...]
+    sampled: Sampled | None = None
+
+
 def greedily(
     max_new_tokens: int, pad: int, stops: Sequence[int], *, whole: bool = False
 ) -> GenerationConfig:
@@ -45,17 +54,34 @@ def greedily(
     )
 
 
-def processors(sampled: Sampled | None) -> LogitsProcessorList | None:
-    """What turns the greedy choice into the sampled one."""
-    return None if sampled is None else LogitsProcessorList([_Choice(sampled)])
+def processors(how: Sampled | Mixed | None) -> LogitsProcessorList | None:
+    """What turns the greedy choice into another one."""
+    if isinstance(how, Mixed):
+        more = [] if how.sampled is None else [_Choice(how.sampled, times=2)]
+        return LogitsProcessorList([_Mixture(how.shares), *more])
+    return None if how is None else LogitsProcessorList([_Choice(how)])
+
+
+class _Mixture(LogitsProcessor):
+    """Predictions of two readings, mixed as probabilities."""
+
+    def __init__(self, shares: Sequence[float]) -> None:
+        self.shares_B1 = torch.tensor(shares)[:, None]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        first_BV, second_BV = scores.float().log_softmax(-1).chunk(2)
+        shares_B1 = self.shares_B1.to(scores.device)
+        mixed_BV = torch.logaddexp(first_BV + (-shares_B1).log1p(), second_BV + shares_B1.log())
+        return torch.cat([mixed_BV, mixed_BV])
 
 
 class _Choice(LogitsProcessor):
     """The largest of logits with Gumbel noise is a sample of their softmax (Gumbel, 1954)."""
 
-    def __init__(self, sampled: Sampled) -> None:
+    def __init__(self, sampled: Sampled, *, times: int = 1) -> None:
         self.top_k = sampled.top_k
-        self.generators = [torch.Generator().manual_seed(seed) for seed in sampled.seeds]
+        seeds = sampled.seeds * times
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         values_BK, ids_BK = scores.float().topk(min(self.top_k, scores.shape[-1]), dim=-1)

@@ -38,7 +38,7 @@ from knowpatch.models.passes import Ids, Run, Scored, Shift, Tap
 from knowpatch.models.past import Past
 from knowpatch.models.quant import EIGHT, plain
 from knowpatch.models.roles import LinearRole, Roles, find_roles
-from knowpatch.models.sampling import Sampled, greedily, processors
+from knowpatch.models.sampling import Mixed, Sampled, greedily, processors
 from knowpatch.models.sites import Kept, needs_whole
 from knowpatch.parts.prompts import encode_prompt
 from knowpatch.parts.spans import Encoded
@@ -314,7 +314,7 @@ class ModelView:
         rows: Sequence[Sequence[int]],
         *,
         max_new_tokens: int,
-        sampled: Sampled | None = None,
+        sampled: Sampled | Mixed | None = None,
         whole: bool = False,
         past: Past | None = None,
     ) -> list[Ids]:

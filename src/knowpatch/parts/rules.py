@@ -16,7 +16,9 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from knowpatch.errors import PatchError, not_apart
+from knowpatch.models.passes import Second
 from knowpatch.models.sites import Firing, listeners
+from knowpatch.parts.spans import Encoded
 from knowpatch.patch import Patch, PromptRule
 from knowpatch.registry import Registry
 
@@ -47,12 +49,22 @@ class Decided:
 
 
 @dataclass(frozen=True)
+class Apart:
+    """What stands around a second reading of a question, and its share of the prediction."""
+
+    before: str
+    system: str | None
+    share: float
+
+
+@dataclass(frozen=True)
 class Rendered:
     """What stands around a question: text before it, and a system turn where there is a chat."""
 
     before: str = ""
     system: str | None = None
     decided: tuple[Decided, ...] = ()
+    apart: Apart | None = None
 
 
 class RuleKind(ABC):
@@ -116,8 +128,11 @@ def check_rule(rule: PromptRule) -> None:
 
 
 def rendered(patches: Sequence[Patch], question: str, view: ModelView, *, chat: bool) -> Rendered:
-    """What all rules of `patches` put around a question; the first system turn stays."""
-    before, system = "", None
+    """What all rules of `patches` put around a question; the first system turn stays.
+
+    Of second readings the one with the largest share stays; the other rules act on it as well.
+    """
+    before, system, apart = "", None, None
     for kind, run in groupby(
         (patch for patch in patches if patch.rule is not None), key=lambda p: p.rule and p.rule.kind
     ):
@@ -125,9 +140,25 @@ def rendered(patches: Sequence[Patch], question: str, view: ModelView, *, chat: 
         around = _joined(some, view).render(question, view, chat=chat)
         before += around.before
         system = around.system if system is None else system
+        if around.apart and (apart is None or around.apart.share > apart.share):
+            apart = around.apart
         for heard in listeners():
             heard += [_firing(one, some[one.owner], str(kind)) for one in around.decided]
-    return Rendered(before, system)
+    if apart is not None:
+        apart = Apart(before + apart.before, system or apart.system, apart.share)
+    return Rendered(before, system, apart=apart)
+
+
+def read(
+    patches: Sequence[Patch], question: str, view: ModelView, *, chat: bool
+) -> tuple[Encoded, Second | None]:
+    """A question as ids, as the rules of `patches` want it read; and in the second way."""
+    around = rendered(patches, question, view, chat=chat)
+    first = view.encode(question, chat=chat, before=around.before, system=around.system)
+    if (apart := around.apart) is None:
+        return first, None
+    other = view.encode(question, chat=chat, before=apart.before, system=apart.system)
+    return first, Second(other.ids, apart.share)
 
 
 def _joined(patches: tuple[Patch, ...], view: ModelView) -> RuleKind:
