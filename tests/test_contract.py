@@ -65,7 +65,7 @@ OPTIONS = {
     "wise": {"layer": 1, "share": 0.5, "rate": 0.25, "steps": 60},
     "melo": {"layer": 1, "layers": [2, 3], "rate": 0.25, "steps": 60},
     "t_patcher": {"memory": 400, "text": "self"},
-    "language_patches": {"named": 0.5, "unnamed": 0.5, "slope": 1000.0},
+    "language_patches": {"named": 0.5, "unnamed": 0.6, "slope": 1e6},
     "calinet": {"learning_rate": 1e-2, "steps": 80},
     "neuraldb": {"clamp": 8.0, "layer": 0, "threshold": 0.9},
 }
