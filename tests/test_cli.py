@@ -61,6 +61,12 @@ SETTINGS = {
     "ike": ("--set", "demonstrations=0"),
     "memprompt": ("--set", "template=newfact"),
     "kn": ("--set", "layers=3", "--set", "scale_new=8"),
+    "lora": ("--set", "layers=2-3", "--set", "learning_rate=0.01", "--set", "steps=80"),
+    "adalora": ("--set", "layers=2-3", "--set", "learning_rate=0.02", "--set", "alpha=8"),
+    "remedi": (
+        *("--set", f"facts={Path(__file__).parent / 'edits.jsonl'}", "--set", "layer=0"),
+        *("--set", "epochs=200", "--set", "learning_rate=0.01", "--set", "keep=0.1"),
+    ),
 }
 """What a method needs to edit so small a model; one that is not named here needs nothing."""
 
