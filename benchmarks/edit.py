@@ -14,7 +14,8 @@ ft_m: 20 records (--quick: 4), one at a time, by ft with its defaults (bfloat16 
 are fast) and by the published loop (plain/ft.py: whole forwards, logits at every place, the model's
 own precision) with the same matrix, rate and stop; the success of both is printed. ft_m_published:
 the same at the published depth and in the model's precision, so that both make the same change.
-ultraedit_floor: 100 records (--quick: 20) as one turn of ultraedit as published (one round), whole
+ultraedit_floor: 100 records (--quick: 20) as one turn of ultraedit with one round, in
+published proportions of depth (gate maps 10-14, up maps 17-22), whole
 edit, and on the plain side nothing but one forward and backward pass over the same tokens to the
 weights of the same maps: the ratio says what the edit costs beyond that.
 
@@ -158,7 +159,7 @@ class Bench:
         return round(fmean(scores), 3)
 
     def ultraedit_floor(self) -> Pair:
-        method: Any = choose("ultraedit", {"rounds": 1})
+        method: Any = choose("ultraedit", {"rounds": 1, "gate": "10-14", "up": "17-22"})
         view = self.model.view
         method.prepare(view)
         names = [role.address.parameter for role in method.maps(view).values()]
