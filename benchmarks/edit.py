@@ -14,10 +14,10 @@ ft_m: 20 records (--quick: 4), one at a time, by ft with its defaults (bfloat16 
 are fast) and by the published loop (plain/ft.py: whole forwards, logits at every place, the model's
 own precision) with the same matrix, rate and stop; the success of both is printed. ft_m_published:
 the same at the published depth and in the model's precision, so that both make the same change.
-ultraedit_floor: 100 records (--quick: 20) as one turn of ultraedit with one round, in
-published proportions of depth (gate maps 10-14, up maps 17-22), whole
-edit, and on the plain side nothing but one forward and backward pass over the same tokens to the
-weights of the same maps: the ratio says what the edit costs beyond that.
+ultraedit_floor: 100 records (--quick: 20) as one turn of ultraedit with one round, at the published
+depths (gate maps 10-14, up maps 17-22), whole edit, and on the plain side nothing but one forward
+and backward pass over the same tokens to the weights of the same maps: the ratio says what the edit
+costs beyond that.
 
 The published lambda is for keys of 14,336 entries and would leave most of a residual of this model
 unwritten; the plain side is given WEIGHT instead. Axes: D hidden, I inner size of the MLP.
