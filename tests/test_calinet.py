@@ -25,7 +25,7 @@ FACTS = [
         tiny.EDITS.items(), ("France", "Japan", "Nile"), strict=True
     )
 ]
-OPTIONS = {"learning_rate": 1e-2, "steps": 80}
+OPTIONS = {"learning_rate": 1e-2, "steps": 80, "keep": 0.0}
 
 
 def _edit(model, requests, **extra):

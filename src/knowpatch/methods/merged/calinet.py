@@ -40,6 +40,12 @@ class CaliNetConfig(TrainingConfig):
     slots: int = Field(64, ge=1, description="memory slots; published: 64 for 100 facts")
     learning_rate: float = Field(5e-3, gt=0, le=1e30, description="of Adam; published: 1e-2")
     rephrases: bool = Field(True, description="learn from the requests' rephrases as well")
+    keep: float = Field(
+        1.0,
+        ge=0,
+        description="weight of KL(before || now) on ordinary text: slots fire on everything",
+    )
+    pieces: int = Field(64, ge=1, description="pieces of that text, taken eight at a time")
     eos: bool | None = Field(
         None, description="learn where the answer ends, too; by default only in a chat"
     )
