@@ -74,6 +74,7 @@ NORMED = {
     ("olmo2", "rome"): {"layer": 2, "clamp": 8.0, "ridge": 0.1},
     ("gemma2", "pmet"): {"clamp": 8.0},
     ("gemma2", "stableedit"): {"out": [1, 2, 3], "gain": 2.0},
+    ("gemma2", "ultraedit"): {"out": [1, 2, 3], "gain": 2.0},
     ("gemma2", "kn"): {"layers": [2, 3], "scale_new": 2.0},
 }
 EVERYWHERE = [("llama", name) for name in NAMES] + [

@@ -288,6 +288,18 @@ def test_rounds_go_on_until_it_is_enough(known):
         assert torch.equal(one.change.left, other.change.left)
 
 
+def test_a_round_that_goes_too_far_is_taken_back(known):
+    """Where one edited map feeds another, a step ten times too large still ends at the answer."""
+    model = known("llama")
+    method = choose("ultraedit", {"rounds": 30, "gain": 50.0})
+    patch = edit(model, FACTS[:1], method=method)
+    with model.applied(patch):
+        nll, _ = method.read(
+            model.view, method.maps(model.view), method.answers(model.view, FACTS[:1])
+        )
+    assert nll < 0.5
+
+
 # -- state -----------------------------------------------------------------------------------------
 
 

@@ -6,8 +6,8 @@ one included, and what the map should add at h_t is v_t = -eta |h^_t|^2 g^_t. Th
 
     delta W^T = (H^T H + alpha I)^-1 H^T V          (MALMEN's solve, arXiv 2311.04661)
 
-with the inputs as they are; rounds on the same facts add to V. Statistics are means and sums of
-squared deviations, merged by Chan's formula, which knows no order: a patch carries what its own
+with the inputs as they are; rounds on the same facts add to V, and one that raises the loss is taken
+again from where it began, half as far. Statistics are means and sums of squared deviations, merged by Chan's formula, which knows no order: a patch carries what its own
 turn adds, the state is folded from the live patches, and a turn that is dropped was never seen.
 
 Axes: T answer tokens, I and O width of a map's input and output, R rows of a root, F either width.
@@ -259,33 +259,48 @@ class Lifelong(EditMethod):
         state: State | None,
     ) -> Patch:
         maps, answers = self.maps(view), self.answers(view, requests)
-        inputs: dict[str, Tensor] = {}
-        values: dict[str, Tensor] = {}
-        traces: dict[str, Tensor] = {}
-        steps: Mapping[str, Step] = {}
+        loss, rows = self.read(view, maps, answers)
+        traces = self.traces(rows)
+        known = prepared if state is None else state
+        steps = self.steps(merged(known, seen_in(traces)), maps)
+        # All rounds write at the inputs of the first: what is solved stays, so does the rank.
+        inputs = {name: inputs_TI for name, (inputs_TI, _) in rows.items()}
+        best, share = loss, 1.0
+        kept = {name: torch.zeros_like(rows[name][1], dtype=torch.float64) for name in maps}
+        slopes = {name: steps[name].values(inputs[name], rows[name][1]) for name in maps}
         deltas: list[WeightDelta] = []
-        for number in range(self.config.rounds):
-            self.progress("rounds", number, self.config.rounds)
+        for number in range(1, self.config.rounds + 1):
+            self.progress("rounds", number - 1, self.config.rounds)
+            values = {name: kept[name] + share * slopes[name] for name in maps}
+            deltas = self._deltas(view, maps, steps, inputs, values)
+            if number == self.config.rounds:
+                break
             with view.trying(deltas):
                 loss, rows = self.read(view, maps, answers)
-            if not number:
-                traces = self.traces(rows)
-                known = prepared if state is None else state
-                steps = self.steps(merged(known, seen_in(traces)), maps)
-                inputs = {name: inputs_TI for name, (inputs_TI, _) in rows.items()}
-            elif loss < self.config.enough:
+            if loss < self.config.enough:
                 break
-            for name, step in steps.items():
-                more_TO = step.values(inputs[name], rows[name][1])
-                values[name] = values[name] + more_TO if name in values else more_TO
-            # All rounds write at the inputs of the first: what is solved stays, so does the rank.
-            factors = {name: steps[name].factors(inputs[name], values[name]) for name in maps}
-            deltas = [
-                self.delta(view, role.address, role.factored(*factors[name]))
-                for name, role in maps.items()
-            ]
+            if loss >= best:  # too far: again from where it was, half as far
+                share /= 2
+                continue
+            best, kept = loss, values
+            slopes = {name: steps[name].values(inputs[name], rows[name][1]) for name in maps}
         self.progress("rounds", self.config.rounds, self.config.rounds)
         return self.patch(view, requests, deltas=deltas, traces=traces)
+
+    def _deltas(
+        self,
+        view: ModelView,
+        maps: Mapping[str, LinearRole],
+        steps: Mapping[str, Step],
+        inputs: Mapping[str, Tensor],
+        values: Mapping[str, Tensor],
+    ) -> list[WeightDelta]:
+        """The changes that add these values (T, O) at the inputs (T, I) of each map."""
+        factors = {name: steps[name].factors(inputs[name], values[name]) for name in maps}
+        return [
+            self.delta(view, role.address, role.factored(*factors[name]))
+            for name, role in maps.items()
+        ]
 
     def steps(self, state: State, maps: Mapping[str, LinearRole]) -> Mapping[str, Step]:
         """What a round takes of each map, by what has been seen, this turn included.
