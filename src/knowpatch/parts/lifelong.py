@@ -6,9 +6,10 @@ one included, and what the map should add at h_t is v_t = -eta |h^_t|^2 g^_t. Th
 
     delta W^T = (H^T H + alpha I)^-1 H^T V          (MALMEN's solve, arXiv 2311.04661)
 
-with the inputs as they are; rounds on the same facts add to V, and one that raises the loss is taken
-again from where it began, half as far. Statistics are means and sums of squared deviations, merged by Chan's formula, which knows no order: a patch carries what its own
-turn adds, the state is folded from the live patches, and a turn that is dropped was never seen.
+with the inputs as they are; rounds on the same facts add to V, and one that raises the loss is
+taken again from where it began, half as far. Statistics are means and sums of squared deviations,
+merged by Chan's formula, which knows no order: a patch carries what its own turn adds, the state is
+folded from the live patches, and a turn that is dropped was never seen.
 
 Axes: T answer tokens, I and O width of a map's input and output, R rows of a root, F either width.
 """
