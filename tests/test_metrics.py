@@ -48,6 +48,7 @@ from knowpatch.metrics.kinds import belief, judge, negation, sentiment
 from knowpatch.metrics.kinds.perplexity import ordinary
 from knowpatch.metrics.metric import macro, metric, part_columns
 from knowpatch.models.passes import Distributions, Scored, Spread
+from knowpatch.parts.procedures import Step
 from knowpatch.request import EditRequest
 from knowpatch.stepping import Generated
 
@@ -663,6 +664,30 @@ def test_multihop_counts_any_and_each():
     found = result("multihop_gen_given_hops", case, Canned(), after)
     assert (found.before, found.after) == ({}, {"": [1.0]})
     assert "hops" in result("multihop_gen_given_hops", case, after, Canned()).unscored
+
+
+def test_hopwise_asks_for_every_answer_on_the_way():
+    """[B, C, D] is 1; [X, C, D] with the right end is 0, and so is a chain of another length; a
+    procedure that came to nothing is 0; an answer without a chain is unscored."""
+    hops = [
+        probe(HOP, *names, prompt=names[0]) for names in (("Bonn", "B"), ("Cairo",), ("Delhi",))
+    ]
+    case = case_of(*(probe(MULTIHOP, "Delhi", prompt=p) for p in "12345"), *hops)
+    failed = (Step("failed", "no answer"),)
+    after = Canned(
+        {
+            "1": Generated((), "Delhi", (), ("b", "Cairo", "the Delhi")),
+            "2": Generated((), "Delhi", (), ("Xanten", "Cairo", "Delhi")),
+            "3": Generated((), "Delhi", (), ("Bonn", "Delhi")),
+            "4": Generated((), "", failed),
+            "5": Generated((), "Delhi"),
+        }
+    )
+    found = result("hopwise_gen", case, Canned(), after)
+    assert (found.after, found.before) == ({"": [1.0, 0.0, 0.0, 0.0]}, {})
+    assert result("multihop_gen", case, Canned(), after).after == {"": [1.0, 1.0, 1.0, 0.0, 1.0]}
+    assert "without a chain" in result("hopwise_gen", case, Canned(), Canned()).unscored
+    assert result("hopwise_gen", case_of(probe(MULTIHOP, "Delhi"))) is None
 
 
 # -- judge -----------------------------------------------------------------------------------------

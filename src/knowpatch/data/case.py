@@ -32,8 +32,8 @@ class Probe:
         kind: what is asked for, with a sub-kind behind a dot:
             rewrite (the edited prompt), rephrase, portability.*, locality.*; sentiment.same,
             .opposite (answers of the wanted and of the other sentiment), .other (of another
-            entity); forget (whose answers should be gone), retain; multihop, hop; general (a
-            question about what no edit is about).
+            entity); forget (whose answers should be gone), retain; multihop, and hop (the single
+            questions of its chain, in order); general (a question about what no edit is about).
         prompt: the question, or the start of a text.
         answers: accepted answers, each with its aliases; none where there is no right answer.
         chat: whether it is asked through the chat template.

@@ -6,6 +6,8 @@ single hops (`hop_gen`), and the case's among those whose hops are all answered
 (`multihop_gen_given_hops`), which tells putting together from knowing. Answers are greedy, up to
 the line's end, and contain an accepted answer as whole words; for `_exact` they are nothing else up
 to their natural stop, since without examples a model goes on talking.
+Hop-wise accuracy (arXiv 2312.15194; `hopwise_gen`) asks as well that every answer on the way is the
+right one, for methods whose answers come with the chain of them; the others are unscored.
 Prompts are the data's: no examples are put in front. Chains of thought are not read.
 """
 
@@ -96,6 +98,28 @@ def multihop_gen_exact(case: Case, before: Asker, after: Asker) -> Result | None
     return _each(case, MULTIHOP, before, after, _exact)
 
 
+@metric(protocol="free generation", about="the answer, and each on the way to it, is right")
+def hopwise_gen(case: Case, before: Asker, after: Asker) -> Result | None:
+    gold = [hop.aliases for hop in case.of(HOP)]
+    if not gold:
+        return None
+
+    def right(probe: Probe, said: Future[Generated]) -> float | None:
+        found = said.result()
+        if not (found.chain or found.steps):
+            return None
+        ends = _contains(found.text, probe.aliases)
+        return float(ends and _is_chain(found.chain, gold))
+
+    none = "the answer comes without a chain"
+    return both(case, MULTIHOP, (before, after), _say, right, none=none)
+
+
+def _is_chain(chain: Sequence[str], gold: Sequence[Sequence[str]]) -> bool:
+    """Whether the answers on the way are these, each by any of its names."""
+    return len(chain) == len(gold) and all(map(equals_any, chain, gold))
+
+
 @metric(protocol="free generation", about="the answer has the right one in it, single hops")
 def hop_gen(case: Case, before: Asker, after: Asker) -> Result | None:
     return _each(case, HOP, before, after, _contains)
@@ -113,5 +137,6 @@ register(
     multihop_gen,
     multihop_gen_exact,
     hop_gen,
+    hopwise_gen,
     multihop_gen_given_hops,
 )
