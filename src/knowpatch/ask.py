@@ -139,7 +139,10 @@ class Ask:
 
     def _said(self, say: Say, patches: Sequence[Patch] | None) -> Future[Generated]:
         encoded, second, carried = self._encode(say.prompt, patches, chat=False)
-        question = Saying(encoded.ids, say.tokens, carried, False, 0, 0, second)
+        # What does nothing in a pass is left out, so that questions of different memories run
+        # together and read the worked examples before them once.
+        acting = tuple(patch for patch in carried if patch.deltas or patch.wraps)
+        question = Saying(encoded.ids, say.tokens, acting, False, 0, 0, second)
         return self._waiting.setdefault(question, Future(self.run))
 
     def _encode(

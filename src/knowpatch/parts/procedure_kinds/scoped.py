@@ -10,12 +10,12 @@ that the model does not take apart at all is tested as it stands.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from dataclasses import dataclass
 
 from knowpatch.errors import PatchError
 from knowpatch.models.view import ModelView
-from knowpatch.parts.factbook import Factbook, Least, names, statement
+from knowpatch.parts.factbook import Factbook, Least, names, parted, statement
 from knowpatch.parts.procedures import ProcedureKind, Running, Say, register
 from knowpatch.parts.prompting.facts import sentence
 from knowpatch.parts.worked import Found, Lookup, Notes, bare, fitted, labelled
@@ -63,6 +63,10 @@ class Scoped(ProcedureKind):
     def join(cls, procedures: Sequence[Procedure]) -> Scoped:
         """All facts by the newest one's settings."""
         return cls(Lookup.of(procedures), procedures[-1].data["hops"])
+
+    @classmethod
+    def without(cls, procedure: Procedure, prompts: Collection[str]) -> Procedure:
+        return Procedure(procedure.kind, *parted(procedure, prompts))
 
     def answer(self, question: str, view: ModelView) -> Running:
         text, notes = self._opening(question), Notes()

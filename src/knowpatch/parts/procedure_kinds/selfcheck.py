@@ -10,12 +10,12 @@ Not as published: the similarity is a cosine, facts have an order, and all is gr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from knowpatch.errors import PatchError
 from knowpatch.models.view import ModelView
-from knowpatch.parts.factbook import Factbook, Least, statement
+from knowpatch.parts.factbook import Factbook, Least, parted, statement
 from knowpatch.parts.procedures import Answered, ProcedureKind, Running, Say, register
 from knowpatch.parts.prompting.facts import sentence
 from knowpatch.parts.worked import Found, Lookup, Notes, bare, fitted, labelled
@@ -23,8 +23,8 @@ from knowpatch.patch import Procedure
 
 SELFCHECK = "selfcheck@1"
 VERDICTS = ("model", "gate")
-TOKENS = 72
-"""Of one reply: a verdict, a sub-question and its answer."""
+TOKENS = {"model": 72, "gate": 44}
+"""Of one reply: a sub-question and its answer, behind a verdict where the model gives it."""
 STOPS = ("Retrieved fact:", "\n\n", "\nQuestion:")
 INTERMEDIATE = "the intermediate answer is:"
 CONTRADICTS = "Retrieved fact contradicts the generated answer, so " + INTERMEDIATE
@@ -96,7 +96,7 @@ class SelfCheck(ProcedureKind):
 
     @property
     def tokens(self) -> int:  # type: ignore[override]
-        return self.calls * TOKENS
+        return self.calls * TOKENS[self.verdict]
 
     @classmethod
     def check(cls, procedure: Procedure) -> None:
@@ -110,13 +110,17 @@ class SelfCheck(ProcedureKind):
         last = procedures[-1].data
         return cls(Lookup.of(procedures), last["verdict"], last["hops"])
 
+    @classmethod
+    def without(cls, procedure: Procedure, prompts: Collection[str]) -> Procedure:
+        return Procedure(procedure.kind, *parted(procedure, prompts))
+
     def answer(self, question: str, view: ModelView) -> Running:
-        text, notes = f"Question: {question}\n", Notes()
+        text, notes, tokens = f"Question: {question}\n", Notes(), TOKENS[self.verdict]
         for number in range(self.calls):
-            prompt = fitted("checked", text, view, TOKENS)
+            prompt = fitted("checked", text, view, tokens)
             if prompt is None:
                 return notes.failed("the text has outgrown the model's context")
-            reply = Reply.read((yield Say(prompt, TOKENS, STOPS)))
+            reply = Reply.read((yield Say(prompt, tokens, STOPS)))
             self._heard(reply, notes)
             if reply.final:
                 return notes.answered(reply.final)

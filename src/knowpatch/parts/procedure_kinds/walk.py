@@ -11,7 +11,7 @@ facts where the walk fails; no base graph is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,6 +131,11 @@ class Walk(ProcedureKind):
         settings = (last["encoder"], last["parse"], last["fusion"], last["hops"])
         return cls(Graph(edges, relations, aliases), templates, *settings)
 
+    @classmethod
+    def without(cls, procedure: Procedure, prompts: Collection[str]) -> Procedure:
+        edges = [edge for edge in procedure.data["edges"] if _prompt(edge) not in prompts]
+        return Procedure(procedure.kind, {**procedure.data, "edges": edges})
+
     @property
     def relations(self) -> tuple[Relation, ...]:
         """Those of the catalogue, and the facts' own."""
@@ -220,6 +225,11 @@ class Walk(ProcedureKind):
 
 def _in(edge: Edge, question: str) -> bool:
     return edge.subject.casefold() in question.casefold()
+
+
+def _prompt(edge: Mapping[str, str]) -> str:
+    """The prompt that an edge was made of."""
+    return edge["template"].replace(SLOT, edge["subject"])
 
 
 def _told(edge: Edge, graph: Graph) -> str:
