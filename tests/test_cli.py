@@ -631,6 +631,19 @@ def test_why_an_answer_is_what_it_is(patch: Path, folder: Path, tmp_path: Path) 
     assert "(grace) fired: distance" in shown
 
 
+def test_why_shows_the_steps_of_a_procedure(folder: Path, tmp_path: Path) -> None:
+    """An answer in steps is told step by step, with the fact that each used."""
+    made = ("edit", FRANCE[1], "--subject", "France", "--target", "Rome", "--out", "walk")
+    assert run(*made, "--method", "graph_walk", "--model", folder, cwd=tmp_path).code == 0
+    asked = ("ask", FRANCE[1], "--patch", "walk", "--model", folder, "--why")
+    facts = run(*asked, "--json", cwd=tmp_path).json()
+    assert facts["with"] == "Rome"
+    assert [step["kind"] for step in facts["steps"]] == ["asked", "edit", "answer"]
+    shown = run(*asked, cwd=tmp_path).out
+    assert "(graph_walk) answered in steps (walk@1):" in shown
+    assert "edit      The capital of France is Rome" in shown
+
+
 # -- methods ---------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ A method from a plug-in folder (KNOWPATCH_METHODS) is held to the same promises 
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
@@ -14,10 +15,13 @@ import tiny
 import torch
 from made import state
 
+from knowpatch.ask import Ask
 from knowpatch.edited import EditedModel
 from knowpatch.editing import choose, edit, edit_each
-from knowpatch.errors import ModelError
+from knowpatch.errors import ModelError, Unscored
 from knowpatch.method import METHODS, Export
+from knowpatch.metrics.text import contains
+from knowpatch.parts.procedures import InForce
 from knowpatch.parts.spans import continuation
 from knowpatch.patch import Patch
 from knowpatch.request import EditRequest
@@ -99,7 +103,30 @@ def _edit(model, requests, name, **extra):
     return edit(model, requests, method=name, options={**_options(model, name), **extra})
 
 
+@dataclass(frozen=True)
+class Told:
+    """What is measured where a procedure answers, and nothing can be forced: what it says."""
+
+    text: str
+    steps: tuple
+    accuracy: float
+
+    @property
+    def probability(self):
+        return self.accuracy
+
+    @property
+    def logprobs(self):
+        return (self.accuracy,)
+
+
+def _told(request, said):
+    return Told(said.text, said.steps, float(contains(said.text, request.target)))
+
+
 def _score(model, request):
+    if InForce.of((*model.live, *model.carried())):
+        return _told(request, Ask(model).generate(request.prompt, max_new_tokens=5).result())
     encoded = model.encode(request.prompt)
     target = continuation(model.tokenizer, encoded, request.target)
     return model.view.score([(encoded.ids, target)])[0]
@@ -162,6 +189,7 @@ def test_merged_equals_beside(made, architecture, name):
     with model.applied(patch):
         merged = _score(model, FRANCE)
     assert merged.logprobs == pytest.approx(beside.logprobs, abs=1e-4)
+    assert not isinstance(merged, Told) or merged == beside
     assert merged.logprobs != _score(model, FRANCE).logprobs
 
 
@@ -169,6 +197,9 @@ def test_merged_equals_beside(made, architecture, name):
 def test_each_row_carries_its_own_patches(made, architecture, name):
     """In a batch of mixed rows, on either padding, each row scores as it does alone."""
     model, patch = made(architecture, name)
+    if patch.procedure is not None:
+        _answered_side_by_side(model, patch)
+        return
     encoded = [model.encode(r.prompt) for r in (FRANCE, NILE, FRANCE)]
     pairs = [
         (e.ids, continuation(model.tokenizer, e, r.target))
@@ -186,6 +217,19 @@ def test_each_row_carries_its_own_patches(made, architecture, name):
         model.view.padding = "right"
         for one, other in zip(alone, together, strict=True):
             assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4), side
+
+
+def _answered_side_by_side(model, patch):
+    """Questions with and without a procedure, asked together, are answered as each is alone."""
+    rows = [(FRANCE, [patch]), (NILE, [patch]), (FRANCE, [])]
+    ask = Ask(model)
+    futures = [ask.generate(r.prompt, max_new_tokens=5, patches=mine) for r, mine in rows]
+    for (request, mine), future in zip(rows, futures, strict=True):
+        alone = Ask(model).generate(request.prompt, max_new_tokens=5, patches=mine).result()
+        assert future.result() == alone
+        assert bool(alone.steps) == bool(mine)
+    with pytest.raises(Unscored):
+        ask.score(FRANCE.prompt, FRANCE.target, patches=[patch]).result()
 
 
 @pytest.mark.parametrize(("architecture", "name"), EVERYWHERE)
@@ -242,6 +286,11 @@ def test_save_and_load_is_identical(made, tmp_path, architecture, name):
         with model.applied(item):
             logits.append(model.view.run([row], logits_at=[(0, 2)]).logits_MV)
     assert torch.equal(*logits)
+    if patch.procedure is not None:
+        with model.applied(again):
+            loaded = _score(model, FRANCE)
+        with model.applied(patch):
+            assert _score(model, FRANCE) == loaded
 
 
 @pytest.mark.parametrize("name", NAMES)

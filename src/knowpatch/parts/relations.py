@@ -107,7 +107,8 @@ def catalogue() -> dict[str, Relation]:
 def own_relation(template: str) -> Relation:
     """A relation that the catalogue does not have: its template is all that is known of it."""
     around = [part.strip(" ,.:;'\"") for part in template.split(SLOT)]
-    return Relation(template, template, template, (max(around, key=len),) if any(around) else ())
+    phrase = " ... ".join(filter(None, around))
+    return Relation(template, template, template, (phrase,) if phrase else ())
 
 
 def plain(text: str) -> str:
