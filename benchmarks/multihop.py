@@ -42,7 +42,6 @@ SETUPS: dict[str, tuple[str, dict[str, Any]]] = {
     "pokemqa": ("pokemqa", {}),
     "graph_walk": ("graph_walk", {}),
     "graph_walk, parse=model": ("graph_walk", {"parse": "model"}),
-    "graph_walk, fusion": ("graph_walk", {"fusion": True}),
 }
 SCORES = ("multihop_gen_any", "multihop_gen", "hopwise_gen")
 UNKNOWN = "unknown"
