@@ -36,6 +36,7 @@ PLAIN_KINDS = {"rewrite", "rephrase", "locality.subject", "locality.neighbour", 
 FIRST = ("--set", "layers=0", "--set", "kl_factor=0", "--set", "clamp=4", "--set", "tokens=1000")
 NULL = (*FIRST, "--set", "gain=0.99", "--set", "null_share=0.5")
 FIRST += ("--set", "ridge=0.01")
+SIDE = ("--set", "rate=0.25", "--set", "steps=80")
 SETTINGS = {
     "ft": LEARN,
     "crispedit": (*LEARN, "--set", "eos=false", "--set", "tokens=400", "--set", "layers=1-2"),
@@ -63,6 +64,10 @@ SETTINGS = {
     "kn": ("--set", "layers=3", "--set", "scale_new=8"),
     "lora": ("--set", "layers=2-3", "--set", "learning_rate=0.01", "--set", "steps=80"),
     "adalora": ("--set", "layers=2-3", "--set", "learning_rate=0.02", "--set", "alpha=8"),
+    "memoir": (*SIDE, "--set", "layer=1", "--set", "share=0.5"),
+    "wise": (*SIDE, "--set", "layer=1", "--set", "share=0.5"),
+    "melo": (*SIDE, "--set", "layer=1", "--set", "layers=2-3"),
+    "neuraldb": ("--set", "layer=0", "--set", "clamp=8", "--set", "threshold=0.9"),
     "remedi": (
         *("--set", f"facts={Path(__file__).parent / 'edits.jsonl'}", "--set", "layer=0"),
         *("--set", "epochs=200", "--set", "learning_rate=0.01", "--set", "keep=0.1"),
@@ -617,18 +622,20 @@ def test_why_an_answer_is_what_it_is(patch: Path, folder: Path, tmp_path: Path) 
     """`--why` says which patch acted: weights always, a codebook by its distance, or not."""
     egypt = ("edit", "The capital of Egypt is", "--target", "Paris", "--out", "egypt")
     assert run(*egypt, "--method", "grace", "--model", folder, cwd=tmp_path).code in (0, 1)
-    both = ("--patch", patch, "--patch", "egypt", "--model", folder, "--why")
-    asked = run("ask", "The capital of Egypt is", *both, "--json", cwd=tmp_path).json()
-    weights, book = asked["why"]
-    assert (weights["how"], weights["fired"]) == ("weights", True)
+    alone = ("--patch", "egypt", "--model", folder, "--why")
+    (book,) = run("ask", "The capital of Egypt is", *alone, "--json", cwd=tmp_path).json()["why"]
     assert (book["how"], book["fired"], book["measure"]) == ("codebook@1", True, "distance")
     assert book["score"] <= book["threshold"]
-    missed = run("ask", FRANCE[1], *both, "--json", cwd=tmp_path).json()["why"][1]
+    (missed,) = run("ask", FRANCE[1], *alone, "--json", cwd=tmp_path).json()["why"]
     assert not missed["fired"]
     assert missed["score"] > missed["threshold"]
+    both = ("--patch", patch, *alone)
+    weights, _ = run("ask", FRANCE[1], *both, "--json", cwd=tmp_path).json()["why"]
+    assert (weights["how"], weights["fired"]) == ("weights", True)
+    shown = run("ask", "The capital of Egypt is", *alone, cwd=tmp_path).out
+    assert "(grace) fired: distance" in shown
     shown = run("ask", "The capital of Egypt is", *both, cwd=tmp_path).out
     assert "acts on every answer: it changes weights" in shown
-    assert "(grace) fired: distance" in shown
 
 
 def test_why_shows_the_steps_of_a_procedure(folder: Path, tmp_path: Path) -> None:

@@ -724,8 +724,11 @@ DAMAGED = {
     },
 }
 MISFITS = {
-    "another-version": ({"kind": "codebook@9"}, "unknown wrap 'codebook@9'; .* knows: codebook@1"),
-    "another-kind": ({"kind": "pickle"}, "unknown wrap 'pickle'; .* knows: codebook@1"),
+    "another-version": (
+        {"kind": "codebook@9"},
+        "unknown wrap 'codebook@9'; .* knows: .*codebook@1",
+    ),
+    "another-kind": ({"kind": "pickle"}, "unknown wrap 'pickle'; .* knows: .*codebook@1"),
     "a-norm": ({"module": "model.layers.1.input_layernorm"}, "no linear map of"),
     "no-such-block": ({"module": "model.layers.9.mlp.down_proj"}, "no linear map of"),
     "no-name": ({"module": ""}, "no linear map of"),

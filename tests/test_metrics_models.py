@@ -119,7 +119,8 @@ def test_every_metric_gives_values_in_range(name: str, found):
     """Each applies to a case here; its values are finite, and shares are shares."""
     metric = catalogue()[name]
     every = [score for run in found for (other, _), score in run.items() if other == name]
-    assert name == "success_judge" or any(score.after for score in every)
+    # Nobody judges here, and a plain model gives no chain of answers.
+    assert name in ("success_judge", "hopwise_gen") or any(score.after for score in every)
     for run in found:
         mine = {case: score for (other, case), score in run.items() if other == name}
         assert mine

@@ -20,7 +20,7 @@ def test_names_are_known_without_importing(monkeypatch, tmp_path):
 def test_an_unknown_name_gets_the_nearest(monkeypatch):
     """Did you mean, and all that is allowed."""
     with pytest.raises(
-        OptionError, match=r"did you mean 'rome'.*allowed: .*ft, grace, ice, .*rome"
+        OptionError, match=r"did you mean 'rome'.*allowed: .*ft, .*grace, .*ice, .*rome"
     ):
         METHODS.get("romee")
 

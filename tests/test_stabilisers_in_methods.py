@@ -9,7 +9,7 @@ import torch
 from knowpatch.deltas import Dense, LowRank
 from knowpatch.editing import choose, edit, prepare
 from knowpatch.errors import EditError
-from knowpatch.parts import located, stabilise
+from knowpatch.parts import located, stabilise, valued
 from knowpatch.parts.located import traced
 from knowpatch.parts.values import optimise
 from knowpatch.request import EditRequest
@@ -119,7 +119,7 @@ def test_the_anchor_is_found_once(known, tmp_path, monkeypatch):
         asked.append(len(tasks))
         return optimise(view, modules, tasks, *more)
 
-    monkeypatch.setattr(located, "optimise", counted)
+    monkeypatch.setattr(valued, "optimise", counted)
     norms = [_method("rome", anchor="scale", steps=3).anchor(known().view) for _ in range(2)]
     assert norms[0] == norms[1] > 0
     assert asked == [6]
