@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from knowpatch.errors import OptionError, did_you_mean
+from knowpatch.errors import OptionError, PatchError, did_you_mean
 
 T = TypeVar("T")
 
@@ -68,6 +68,21 @@ class Registry(Generic[T]):
                 f"decorate its class with register({name!r})"
             )
         return self._found[name]
+
+    def versioned(self, kind: str) -> T:
+        """The entry whose `kind` is this "name@version", as a patch names it.
+
+        Raises:
+            PatchError: none is, in one line with those that are.
+        """
+        name = kind.partition("@")[0]
+        found = self.get(name) if name in self.names() else None
+        if found is None or getattr(found, "kind", None) != kind:
+            known = ", ".join(str(getattr(self.get(each), "kind", each)) for each in self.names())
+            raise PatchError(
+                f"unknown {self.kind} {kind!r}; this version of knowpatch knows: {known or 'none'}"
+            )
+        return found
 
     def _loaders(self) -> Mapping[str, Callable[[], object]]:
         loaders: dict[str, Callable[[], object]] = {}

@@ -124,14 +124,7 @@ register = PROCEDURES.register
 
 def kind_of(procedure: Procedure) -> type[ProcedureKind]:
     """The kind of a procedure; PatchError, in one line, for one that is not known."""
-    name = procedure.kind.partition("@")[0]
-    found = PROCEDURES.get(name) if name in PROCEDURES.names() else None
-    if found is None or found.kind != procedure.kind:
-        known = ", ".join(PROCEDURES.get(each).kind for each in PROCEDURES.names()) or "none"
-        raise PatchError(
-            f"unknown procedure {procedure.kind!r}; this version of knowpatch knows: {known}"
-        )
-    return found
+    return PROCEDURES.versioned(procedure.kind)
 
 
 def check_procedure(procedure: Procedure) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from knowpatch.errors import PatchError, not_apart
+from knowpatch.errors import not_apart
 from knowpatch.models.passes import Second
 from knowpatch.models.sites import Firing, listeners
 from knowpatch.parts.spans import Encoded
@@ -112,14 +112,7 @@ register = RULES.register
 
 def kind_of(rule: PromptRule) -> type[RuleKind]:
     """The kind of a rule; PatchError, in one line, for one that is not known."""
-    name = rule.kind.partition("@")[0]
-    found = RULES.get(name) if name in RULES.names() else None
-    if found is None or found.kind != rule.kind:
-        known = ", ".join(RULES.get(each).kind for each in RULES.names())
-        raise PatchError(
-            f"unknown prompt rule {rule.kind!r}; this version of knowpatch knows: {known}"
-        )
-    return found
+    return RULES.versioned(rule.kind)
 
 
 def check_rule(rule: PromptRule) -> None:

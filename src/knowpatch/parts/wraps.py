@@ -169,12 +169,7 @@ register = KINDS.register
 
 def kind_of(wrap: Wrap) -> type[Kind]:
     """The kind of a wrap; PatchError, in one line, for one that is not known."""
-    name = wrap.kind.partition("@")[0]
-    found = KINDS.get(name) if name in KINDS.names() else None
-    if found is None or found.kind != wrap.kind:
-        known = ", ".join(KINDS.get(each).kind for each in KINDS.names())
-        raise PatchError(f"unknown wrap {wrap.kind!r}; this version of knowpatch knows: {known}")
-    return found
+    return KINDS.versioned(wrap.kind)
 
 
 def check_wrap(
