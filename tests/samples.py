@@ -172,7 +172,14 @@ OWN = [
     {
         "id": "two",
         "requests": [{"prompt": "Owls eat", "target": "figs", "rephrases": ["An owl eats"]}],
-        "probes": [{"kind": "hop", "prompt": "What do owls eat?", "answers": [["figs", "a fig"]]}],
+        "probes": [
+            {
+                "kind": "hop",
+                "prompt": "What do owls eat?",
+                "answers": [["figs", "a fig"]],
+                "subject": "owls",
+            }
+        ],
     },
 ]
 

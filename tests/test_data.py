@@ -256,6 +256,14 @@ def test_known_facts_are_asked_and_not_edited(tmp_path: Path):
     case = one(tmp_path, "known_facts")
     assert (case.id, case.requests, case.unusable) == ("4", (), None)
     assert asked(case) == {"rewrite": [("Orm",)]}
+    assert [probe.subject for probe in case.probes] == ["Norland"]
+
+
+def test_a_subject_that_is_not_in_a_known_fact_is_counted(tmp_path: Path):
+    """It cannot be traced, and is an oddity of the case."""
+    case = one(tmp_path, "known_facts", subject="Orm Water")
+    assert case.oddities == ("subject is not in the prompt",)
+    assert case.probes[0].subject is None
 
 
 # -- oddities --------------------------------------------------------------------------------------

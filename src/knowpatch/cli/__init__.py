@@ -23,6 +23,7 @@ from knowpatch.cli import (
     edit,
     evaluate,
     forget,
+    locate,
     methods,
     prepare,
     save,
@@ -58,6 +59,7 @@ for verb in (edit, ask, forget, methods, prepare, save, evaluate):
 data.app.command("make")(data_make.run)
 app.add_typer(bench.app, name="bench")
 app.add_typer(data.app, name="data")
+app.add_typer(locate.app, name="locate")
 
 INTERRUPTED = 130
 """What typer returns for Ctrl-C."""

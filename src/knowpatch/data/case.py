@@ -39,6 +39,7 @@ class Probe:
         chat: whether it is asked through the chat template.
         request: number of the request it belongs to; None for all.
         choices: what there is to choose from, the answer among it; none for other questions.
+        subject: what it is about, a part of the prompt, where no request says so.
     """
 
     kind: str
@@ -47,6 +48,7 @@ class Probe:
     chat: bool = False
     request: int | None = None
     choices: tuple[str, ...] = ()
+    subject: str | None = None
 
     @property
     def expected(self) -> str | None:

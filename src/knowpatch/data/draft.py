@@ -75,20 +75,27 @@ class Draft:
             what = "prompt" if target else "target"
             self.unusable = self.unusable or f"the {what} is empty"
             return number
-        if subject is not None and not subject.strip():
-            self.note(NO_SUBJECT)
-        elif subject is not None and subject.strip() not in prompt:
-            self.note(FOREIGN_SUBJECT)
-            subject = None
+        about = self._subject(prompt, subject)
         if old is not None and not old.strip():
             self.note(NO_OLD)
         elif old is not None and old.strip() == target:
             self.note(SAME_TARGET)
-        blankless = {"subject": (subject or "").strip(), "old": (old or "").strip()}
+        blankless = {"subject": about or "", "old": (old or "").strip()}
         given = {name: text for name, text in blankless.items() if text}
         self.requests.append(request_of(prompt=prompt, target=target, kind=kind, **given))
         self.ask(REWRITE, prompt, accepted(target), request=number)
         return number
+
+    def _subject(self, prompt: str, subject: str | None) -> str | None:
+        """A subject that is in its prompt, without blanks around it; None, noted, if it is not."""
+        if subject is None:
+            return None
+        bare = subject.strip()
+        if not bare:
+            self.note(NO_SUBJECT)
+        elif bare not in prompt:
+            self.note(FOREIGN_SUBJECT)
+        return bare if bare and bare in prompt else None
 
     def rephrase(self, prompts: Iterable[str], request: int) -> None:
         """Enter other wordings of a request's prompt, each once."""
@@ -103,7 +110,15 @@ class Draft:
                 known.add(prompt)
                 self.ask(REPHRASE, prompt, accepted(edited.target), request=request)
 
-    def ask(self, kind: str, prompt: str, answers: Answers, *, request: int | None = None) -> None:
+    def ask(
+        self,
+        kind: str,
+        prompt: str,
+        answers: Answers,
+        *,
+        request: int | None = None,
+        subject: str | None = None,
+    ) -> None:
         """Enter a probe, without its empty answers; none where no answer is left."""
         filled = (tuple(text.strip() for text in answer if text.strip()) for answer in answers)
         kept = tuple(answer for answer in filled if answer)
@@ -112,7 +127,8 @@ class Draft:
         if not prompt.strip():
             self.note(EMPTY_QUESTION)
         elif kept:
-            self.probes.append(Probe(kind, prompt, kept, request=request))
+            about = self._subject(prompt, subject)
+            self.probes.append(Probe(kind, prompt, kept, request=request, subject=about))
 
     def case(self) -> Case:
         """The case; without requests and probes where it is unusable."""

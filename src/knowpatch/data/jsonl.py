@@ -7,11 +7,12 @@ One object a line, in UTF-8:
     REQUEST  {"prompt", "target", "subject"?, "old"?, "kind"?, "rephrases"?, "id"?}
              as in a file of edit requests. Where there is one, its fields but "id" may stand in the
              case itself: {"prompt": ..., "target": ..., "probes": [...]}.
-    PROBE    {"kind", "prompt", "answers"?, "request"?}
+    PROBE    {"kind", "prompt", "answers"?, "request"?, "subject"?}
              kind: rewrite, rephrase, portability.NAME, locality.NAME, sentiment.same,
              sentiment.opposite, sentiment.other, forget, retain, multihop or hop.
              answers: one text, a list of texts, or a list of alias lists.
              request: the number, from 0, of the request that it belongs to.
+             subject: what it is about, a part of the prompt, where no request says so.
 
 "id" is by default the line's number. Without "probes" each request's own prompt is asked (an empty
 list asks nothing). "oddities" (a list of texts) and "unusable" (a text) tell of what the case was
@@ -36,7 +37,7 @@ from knowpatch.request import EditRequest
 REQUEST = tuple(EditRequest.model_fields)
 INLINE = tuple(name for name in REQUEST if name != "id")
 CASE = ("id", "requests", "probes", "oddities", "unusable")
-PROBE = ("kind", "prompt", "answers", "request")
+PROBE = ("kind", "prompt", "answers", "request", "subject")
 
 
 def read_cases(path: Path) -> list[Case]:
@@ -144,7 +145,10 @@ def _probe(record: Record, requests: int) -> Probe:
     if not prompt.strip():
         raise DataError(f"{record.at('prompt')}: is empty; give a question")
     kind = checked_kind(record.text("kind"), record.at("kind"))
-    return Probe(kind, prompt, _answers(record), request=number)
+    subject = record.text("subject").strip() if "subject" in record else None
+    if subject is not None and (not subject or subject not in prompt):
+        raise DataError(f"{record.at('subject')}: {subject!r} is not a part of the prompt")
+    return Probe(kind, prompt, _answers(record), request=number, subject=subject)
 
 
 def _answers(record: Record) -> Answers:
@@ -177,4 +181,6 @@ def _probe_fields(probe: Probe) -> dict[str, Any]:
         fields["answers"] = [list(answer) for answer in probe.answers]
     if probe.request is not None:
         fields["request"] = probe.request
+    if probe.subject is not None:
+        fields["subject"] = probe.subject
     return fields

@@ -106,6 +106,20 @@ def resolve(name: str, split: str | None = None) -> tuple[type[Dataset], str]:
     return dataset, chosen
 
 
+def dataset_of(path: Path) -> tuple[str, Path] | None:
+    """The dataset and split (NAME:SPLIT) that a file is, and the data folder that it lies in.
+
+    None where no split consists of just one file of this name.
+    """
+    whole = path.resolve()
+    for name in DATASETS.names():
+        for split, files in DATASETS.get(name).files.items():
+            parts = Path(files[0]).parts
+            if len(files) == 1 and whole.parts[-len(parts) :] == parts:
+                return f"{name}:{split}", whole.parents[len(parts) - 1]
+    return None
+
+
 def expanded(names: Sequence[str]) -> list[str]:
     """The names, with a suite's replaced by those of its datasets; each once, in order."""
     found: list[str] = []

@@ -52,8 +52,8 @@ def encode(tokenizer: Any, text: str, *, special: bool = True, content: int = 0)
     return Encoded(text, tuple(ids), tuple(offsets), content)
 
 
-def subject_span(text: str, subject: str, start: int = 0) -> Span:
-    """Characters of the first occurrence of `subject` in `text` from `start` on.
+def subject_span(text: str, subject: str, start: int = 0, *, last: bool = False) -> Span:
+    """Characters of the first (or `last`) occurrence of `subject` in `text` from `start` on.
 
     An occurrence that is not part of a longer word comes before one that is ("Ann" in "Anna and
     Ann"); scripts without spaces have only the second kind.
@@ -61,8 +61,8 @@ def subject_span(text: str, subject: str, start: int = 0) -> Span:
     found = [match.span() for match in re.compile(re.escape(subject)).finditer(text, start)]
     if not found:
         raise RequestError(f"subject {subject!r} is not in the prompt {text[start:]!r}")
-    whole = (span for span in found if not _in_word(text, span))
-    return next(whole, found[0])
+    apart = [span for span in found if not _in_word(text, span)] or found
+    return apart[-1 if last else 0]
 
 
 def _in_word(text: str, span: Span) -> bool:

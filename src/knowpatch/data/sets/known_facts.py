@@ -28,5 +28,10 @@ class KnownFacts(Dataset):
     def cases(self, *contents: Any) -> Iterator[Case]:
         for record in records(contents[0]):
             draft = Draft(record.named("known_id"))
-            draft.ask(REWRITE, record.text("prompt"), record.answers("attribute"))
+            draft.ask(
+                REWRITE,
+                record.text("prompt"),
+                record.answers("attribute"),
+                subject=record.text("subject"),
+            )
             yield draft.case()

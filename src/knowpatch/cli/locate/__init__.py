@@ -1,0 +1,12 @@
+"""`knowpatch locate`: where a model keeps what it knows; one verb a file."""
+
+from __future__ import annotations
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Where a model keeps what it knows.")
+
+
+@app.callback()
+def _about() -> None:
+    """Where a model keeps what it knows."""

@@ -1,0 +1,1 @@
+"""Where knowledge sits: tracing, attribution, and what edits do to the weights."""
