@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import tiny
 import torch
@@ -141,3 +144,17 @@ def test_token_gradients_make_the_weights_gradients(known, architecture):
         mine = role.oriented(each.gradients_MO.T @ each.inputs_MI)
         assert float(plain.detach()) == pytest.approx(loss, rel=1e-4)
         assert (mine - theirs).norm() <= 1e-4 * theirs.norm()
+
+
+def test_a_twin_goes_with_the_last_who_uses_it(known):
+    """A twin may hold all weights a second time: it must not wait for the collector of cycles."""
+    view = known("llama").view
+    gc.disable()
+    try:
+        above = Above(view, 2, _rows(view), dtype=torch.bfloat16)
+        block = above._twin.get_submodule(view.roles.blocks[0].module)
+        weight = weakref.ref(block.mlp.up_proj.weight)
+        del above, block
+        assert weight() is None
+    finally:
+        gc.enable()

@@ -8,6 +8,7 @@ Axes: B rows, P columns read so far, T columns of the next piece.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -70,7 +71,7 @@ class Past:
     def freeze(self) -> None:
         """From now on a pass on top of this past leaves it as it is."""
         for layer in self.cache.layers if self.cache is not None else ():
-            layer.update = _joined(layer)
+            layer.update = _joined(weakref.proxy(layer))  # a plain one would keep itself
 
 
 def _joined(layer: Any) -> Any:

@@ -34,33 +34,43 @@ def twin(
         attention: the attention implementation to use; None for the model's own.
         weight: gives the tensor that stands for a parameter (tied parameters are one).
     """
-    configs: dict[int, Any] = {}
-    weights: dict[int, Tensor] = {}
-    made: dict[int, nn.Module] = {}
+    result: Any = _Copy(weight).module(model)
+    if attention is not None:
+        result.config._attn_implementation = attention
+    return result
 
-    def weighed(parameter: nn.Parameter | None) -> Tensor | None:
-        if parameter is None:
-            return None
-        if id(parameter) not in weights:
-            weights[id(parameter)] = weight(parameter)
-        return weights[id(parameter)]
 
-    def make(module: nn.Module) -> nn.Module:
-        if id(module) in made:
-            return made[id(module)]
+class _Copy:
+    """A module tree made anew, each of its modules, parameters and configs once.
+
+    Functions that call one another through a closure would keep the twin, and its weights, until
+    the collector of cycles comes by.
+    """
+
+    def __init__(self, weight: Callable[[nn.Parameter], Tensor]) -> None:
+        self._weight = weight
+        self._configs: dict[int, Any] = {}
+        self._weights: dict[int, Tensor] = {}
+        self._made: dict[int, nn.Module] = {}
+
+    def module(self, module: nn.Module) -> nn.Module:
+        if id(module) in self._made:
+            return self._made[id(module)]
         other: nn.Module = object.__new__(type(module))
-        made[id(module)] = other
+        self._made[id(module)] = other
         own = vars(other)
         own.update(vars(module))
         own.update({name: type(own[name])() for name in HOOKS})
         own["training"] = False
-        own["_parameters"] = {n: weighed(p) for n, p in module._parameters.items()}
-        own["_modules"] = {n: c and make(c) for n, c in module._modules.items()}
+        own["_parameters"] = {
+            n: None if p is None else self._weighed(p) for n, p in module._parameters.items()
+        }
+        own["_modules"] = {n: c and self.module(c) for n, c in module._modules.items()}
         if "config" in own:
-            own["config"] = copy.deepcopy(own["config"], configs)
+            own["config"] = copy.deepcopy(own["config"], self._configs)
         return other
 
-    result: Any = make(model)
-    if attention is not None:
-        result.config._attn_implementation = attention
-    return result
+    def _weighed(self, parameter: nn.Parameter) -> Tensor:
+        if id(parameter) not in self._weights:
+            self._weights[id(parameter)] = self._weight(parameter)
+        return self._weights[id(parameter)]
