@@ -214,6 +214,26 @@ def test_generation_is_greedy_ends_at_eos_and_does_not_depend_on_neighbours(know
     assert view.decode(together[0]).strip().startswith("Paris")
 
 
+def test_a_row_ends_with_a_text_that_it_is_to_end_with(known, monkeypatch):
+    """As if it had been cut there, whoever its neighbours are; and no token more is computed."""
+    view = known("llama").view
+    rows = [view.tokenizer.encode(prompt) for prompt in list(tiny.FACTS)[:3]]
+    whole = view.generate(rows, max_new_tokens=12)
+    word = view.decode(whole[0])[2:4]
+    cut = [row[: _first_with(view, row, word)] for row in whole]
+    seen = []
+    view.model.register_forward_hook(lambda *_: seen.append(1))
+    assert view.generate(rows, max_new_tokens=12, until=[word]) == cut
+    assert view.generate(rows[:1], max_new_tokens=12, until=["no such text", word]) == cut[:1]
+    assert len(seen) == max(map(len, cut)) + len(cut[0])
+
+
+def _first_with(view, ids, word):
+    """How many ids it takes until their text has a word; all, if it never has."""
+    counts = [n for n in range(1, len(ids) + 1) if word in view.decode(ids[:n])]
+    return counts[0] if counts else len(ids)
+
+
 def test_chat_frames_the_prompt(known):
     """Through the chat template the prompt is the user's turn, and its own words are found."""
     view = known("llama", chat=True).view

@@ -142,7 +142,7 @@ class Ask:
         # What does nothing in a pass is left out, so that questions of different memories run
         # together and read the worked examples before them once.
         acting = tuple(patch for patch in carried if patch.deltas or patch.wraps)
-        question = Saying(encoded.ids, say.tokens, acting, False, 0, 0, second)
+        question = Saying(encoded.ids, say.tokens, acting, False, 0, 0, second, say.stop)
         return self._waiting.setdefault(question, Future(self.run))
 
     def _encode(
@@ -216,6 +216,7 @@ class Ask:
             "max_new_tokens": first.tokens,
             "sampled": sampled if first.top_k else None,
             "whole": first.whole,
+            "until": first.until,
         }
         if seconds:
             said = mixing.generate(view, prompts, seconds, rows, **how)

@@ -49,6 +49,7 @@ class Saying:
     top_k: int
     draw: int
     second: Second | None = None
+    until: tuple[str, ...] = ()
 
     @property
     def length(self) -> int:
@@ -56,7 +57,7 @@ class Saying:
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        return "generate", self.tokens, self.whole, self.top_k, *_mixing(self.second)
+        return "generate", self.tokens, self.whole, self.top_k, self.until, *_mixing(self.second)
 
     @property
     def key(self) -> str:

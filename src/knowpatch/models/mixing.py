@@ -52,10 +52,13 @@ def generate(
     max_new_tokens: int,
     sampled: Sampled | None = None,
     whole: bool = False,
+    until: Sequence[str] = (),
 ) -> list[Ids]:
-    """Continue each question from both of its readings; `sampled` and `whole` as in ModelView."""
+    """Continue each question from both of its readings; keywords as in `ModelView.generate`."""
     how = Mixed(tuple(second.share for second in seconds), sampled)
     twice = [*prompts, *(second.prompt for second in seconds)]
     with session(view.model, (*rows, *rows)):
-        said = view.generate(twice, max_new_tokens=max_new_tokens, sampled=how, whole=whole)
+        said = view.generate(
+            twice, max_new_tokens=max_new_tokens, sampled=how, whole=whole, until=until
+        )
     return said[: len(prompts)]

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,43 @@ def processors(how: Sampled | Mixed | None) -> LogitsProcessorList | None:
         more = [] if how.sampled is None else [_Choice(how.sampled, times=2)]
         return LogitsProcessorList([_Mixture(how.shares), *more])
     return None if how is None else LogitsProcessorList([_Choice(how)])
+
+
+def endings(
+    words: Sequence[str], decode: Callable[[Sequence[int]], str], start: int
+) -> StoppingCriteriaList | None:
+    """What ends a row as soon as one of `words` is in its text, from column `start` on."""
+    return StoppingCriteriaList([_Until(words, decode, start)]) if words else None
+
+
+def ended(
+    ids: Sequence[int],
+    stops: Sequence[int],
+    words: Sequence[str],
+    decode: Callable[[Sequence[int]], str],
+) -> tuple[int, ...]:
+    """A row up to and with the first of `stops`, or the id that brings one of `words`; what its
+    neighbours went on with is cut off."""
+    counts = range(1, len(ids) + 1)
+    ends = [n for n in counts if ids[n - 1] in stops]
+    found = (n for n in counts if any(word in decode(ids[:n]) for word in words))
+    if words:
+        ends += [next(found, len(ids))]
+    return tuple(ids[: min(ends, default=len(ids))])
+
+
+class _Until(StoppingCriteria):
+    """Looks into the new text alone: a word that begins in the prompt ends nothing."""
+
+    def __init__(
+        self, words: Sequence[str], decode: Callable[[Sequence[int]], str], start: int
+    ) -> None:
+        self.words, self.decode, self.start = tuple(words), decode, start
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        texts = [self.decode(row) for row in input_ids[:, self.start :].tolist()]
+        ended = [any(word in text for word in self.words) for text in texts]
+        return torch.tensor(ended, device=input_ids.device)
 
 
 class _Mixture(LogitsProcessor):

@@ -91,16 +91,22 @@ def generate(
     max_new_tokens: int,
     sampled: Sampled | None = None,
     whole: bool = False,
+    until: Sequence[str] = (),
 ) -> list[Ids]:
     """Continue each prompt, in one batch; row i carries rows[i], and all begin with `head`: a
     generation wants its past without holes.
 
-    With `sampled` and `whole` as `ModelView.generate` takes them.
+    Keywords as `ModelView.generate` takes them.
     """
     past = read(view, [head] * len(prompts), rows) if head else None
     with session(view.model, rows):
         return view.generate(
-            prompts, max_new_tokens=max_new_tokens, sampled=sampled, whole=whole, past=past
+            prompts,
+            max_new_tokens=max_new_tokens,
+            sampled=sampled,
+            whole=whole,
+            until=until,
+            past=past,
         )
 
 

@@ -38,7 +38,7 @@ from knowpatch.models.passes import Ids, Run, Scored, Shift, Tap
 from knowpatch.models.past import Past
 from knowpatch.models.quant import EIGHT, plain
 from knowpatch.models.roles import LinearRole, Roles, find_roles
-from knowpatch.models.sampling import Mixed, Sampled, greedily, processors
+from knowpatch.models.sampling import Mixed, Sampled, ended, endings, greedily, processors
 from knowpatch.models.sites import Kept, needs_whole
 from knowpatch.parts.prompts import encode_prompt
 from knowpatch.parts.spans import Encoded
@@ -316,13 +316,15 @@ class ModelView:
         max_new_tokens: int,
         sampled: Sampled | Mixed | None = None,
         whole: bool = False,
+        until: Sequence[str] = (),
         past: Past | None = None,
     ) -> list[Ids]:
         """Continue each row, greedily or as `sampled` says.
 
         `past` is what was read of a beginning that all rows share.
-        Returns the new ids of each row, up to and with the first one that ends an answer; with
-        `whole`, all that were asked for, endings being ignored.
+        Returns the new ids of each row, up to and with the first one that ends an answer, or that
+        brings one of the texts in `until`; with `whole`, all that were asked for, endings being
+        ignored.
         """
         if trials.of(self):
             raise OptionError("a trial is for single passes: apply a patch to generate with it")
@@ -340,10 +342,9 @@ class ModelView:
                 past_key_values=None if past is None else past.cache,
                 generation_config=greedily(max_new_tokens, pad, self.stop_ids, whole=whole),
                 logits_processor=processors(sampled),
+                stopping_criteria=endings(until, self.decode, ids_BT.shape[1]),
             )
         new: list[list[int]] = out[:, ids_BT.shape[1] :].tolist()
-        return [tuple(row) if whole else self._until_stop(row) for row in new]
-
-    def _until_stop(self, ids: list[int]) -> tuple[int, ...]:
-        ends = [i for i, token in enumerate(ids) if token in self.stop_ids]
-        return tuple(ids[: ends[0] + 1] if ends else ids)
+        if whole:
+            return [tuple(row) for row in new]
+        return [ended(row, self.stop_ids, until, self.decode) for row in new]
