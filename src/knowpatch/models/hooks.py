@@ -66,8 +66,10 @@ def acting(module: nn.Module, batch: Batch, act: Act, rows: Sequence[int]) -> Ho
     """Let an act say what the module puts out."""
 
     def put(module: nn.Module, args: Any, output: Any) -> Any:
-        acted = act.function(_by_row(args[0], batch), _by_row(output, batch), rows)
-        return acted.to(output.dtype).reshape(output.shape)
+        first = output[0] if isinstance(output, tuple) else output
+        acted = act.function(_by_row(args[0], batch), _by_row(first, batch), rows)
+        acted = acted.to(first.dtype).reshape(first.shape)
+        return (acted, *output[1:]) if isinstance(output, tuple) else acted
 
     return lambda: module.register_forward_hook(put)
 
