@@ -55,7 +55,7 @@ LAST = "model.layers.3.mlp.down_proj.weight"
 @pytest.fixture(autouse=True)
 def no_bundled_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test here loads the bundled model, even where it is installed and a refusal fails."""
-    monkeypatch.setattr("knowpatch.models.load.BUNDLED_PACKAGE", "a_package_that_is_not_there")
+    monkeypatch.setattr("knowpatch.models.origin.BUNDLED_PACKAGE", "a_package_that_is_not_there")
 
 
 # -- arguments that are refused before anything is loaded ------------------------------------------

@@ -12,7 +12,7 @@ from knowpatch.edited import EditedModel
 from knowpatch.editing import load
 from knowpatch.errors import ModelError, OptionError
 from knowpatch.method import METHODS
-from knowpatch.models.load import resolve
+from knowpatch.models.origin import resolve
 from knowpatch.models.roles import find_roles
 
 GATED = {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "olmo2"}

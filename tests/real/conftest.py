@@ -13,7 +13,7 @@ import pytest
 
 from knowpatch.edited import EditedModel
 from knowpatch.editing import load
-from knowpatch.models.load import BUNDLED_PACKAGE, INSTALL_BUNDLED
+from knowpatch.models.origin import BUNDLED_PACKAGE, INSTALL_BUNDLED
 
 HERE = Path(__file__).parent
 DATA = Path(os.environ.get("KNOWPATCH_DATA", HERE.parents[2] / "shared" / "data"))

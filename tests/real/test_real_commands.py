@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from knowpatch.files import cache_folder
 from knowpatch.models.gguf import convert
-from knowpatch.models.load import resolve
+from knowpatch.models.origin import resolve
 
 README = Path(__file__).parents[2] / "README.md"
 EDIT = ["edit", "The capital of Australia is", "--subject", "Australia", "--target", "Canberra"]

@@ -23,10 +23,14 @@ from knowpatch.cli import (
     edit,
     evaluate,
     forget,
+    init,
     locate,
+    log,
     methods,
     prepare,
     save,
+    show,
+    verify,
 )
 from knowpatch.errors import KnowpatchError
 
@@ -54,7 +58,8 @@ def _options(
     """Change what a language model knows, as measured, reversible, shippable patches."""
 
 
-for verb in (edit, ask, forget, methods, prepare, save, evaluate):
+WORKSPACE = (init, log, show, verify)
+for verb in (edit, ask, *WORKSPACE, forget, methods, prepare, save, evaluate):
     app.command(verb.__name__.rpartition(".")[2])(verb.run)
 data.app.command("make")(data_make.run)
 app.add_typer(bench.app, name="bench")

@@ -9,9 +9,13 @@ import typer
 from rich.markup import escape
 
 from knowpatch.cli import screen
-from knowpatch.cli.options import Device, Dtype, Json, Model, Patches, read_patches
+from knowpatch.cli.options import Day, Device, Dtype, Json, Model, Patches, day_of, read_patches
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from knowpatch.edited import EditedModel
+    from knowpatch.ledger import Workspace
     from knowpatch.models.sites import Firing
     from knowpatch.patch import Patch
     from knowpatch.stepping import Generated
@@ -25,12 +29,13 @@ def run(
     why: Annotated[
         bool, typer.Option("--why", help="Say which patch acted on the answer, and by what score.")
     ] = False,
+    on: Day = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer.")] = 32,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
-    """Ask a model, without and with patches."""
+    """Ask a model, without and with patches; in a workspace, with its live edits."""
     from knowpatch.ask import Ask
     from knowpatch.editing import load
     from knowpatch.errors import InputError
@@ -42,9 +47,11 @@ def run(
         prompt.encode()
     except UnicodeEncodeError:
         raise InputError("the prompt is not text in UTF-8; give it in UTF-8") from None
-    patches = read_patches(patch)
+    given, workspace = read_patches(patch), _workspace(patch, on)
+    name = workspace.model if workspace is not None and model is None else model
     with screen.reporting() as report:
-        edited = load(model, device=device, dtype=dtype, progress=report)
+        edited = load(name, device=device, dtype=dtype, progress=report)
+        patches = given if workspace is None else _standing(workspace, edited, on)
 
         def said() -> Generated:
             ask = Ask(edited, progress=report)
@@ -57,6 +64,7 @@ def run(
         "model": edited.view.source,
         "prompt": prompt,
         "patches": [item.id for item in patches],
+        "workspace": None if workspace is None else str(workspace.folder),
         "without": without.text.strip(),
         "with": None if changed is None else changed.text.strip(),
     }
@@ -68,6 +76,25 @@ def run(
         screen.print_json(facts)
         return
     _show(facts)
+
+
+def _workspace(patch: list[Path] | None, on: str | None) -> Workspace | None:
+    """The workspace whose live edits answer; None where patches are named, or there is none."""
+    from knowpatch.errors import OptionError
+    from knowpatch.ledger import NOWHERE, Workspace
+
+    if patch and on:
+        raise OptionError("give either --patch or --on: a patch file has no dates")
+    workspace = None if patch else Workspace.above()
+    if on and workspace is None:
+        raise OptionError(f"--on needs a workspace: {NOWHERE}")
+    return workspace
+
+
+def _standing(workspace: Workspace, edited: EditedModel, on: str | None) -> list[Patch]:
+    """The patches that are live on that day; refuses another model than theirs."""
+    workspace.check_model(edited.view.fingerprint)
+    return workspace.patches(workspace.live(day_of(on, "--on")))
 
 
 def reasons(patches: Sequence[Patch], heard: Sequence[Firing]) -> list[dict[str, Any]]:
@@ -105,14 +132,25 @@ def _show(facts: dict[str, Any]) -> None:
     console.print("[bold]without[/]" if facts["patches"] else "[bold]answer[/]")
     console.print(facts["without"], markup=False)
     if facts["with"] is not None:
-        console.print("\n[bold]with " + ", ".join(item[:12] for item in facts["patches"]) + "[/]")
+        console.print(f"\n[bold]with {escape(_named(facts))}[/]")
         console.print(facts["with"], markup=False)
+    elif facts["workspace"]:
+        console.print("no edit is live in this workspace", style="dim")
     if "why" in facts:
         console.print("\n[bold]why[/]" if facts["why"] else "\n[bold]why[/] no patch was given")
     for reason in facts.get("why", ()):
         console.print("  " + _line(reason), markup=False, soft_wrap=True)
     for step in facts.get("steps", ()):
         console.print(f"  {step['kind']:<9} {step['text']}", markup=False, soft_wrap=True)
+
+
+def _named(facts: Mapping[str, Any]) -> str:
+    """What the changed answer is given with."""
+    ids = [item[:12] for item in facts["patches"]]
+    names = ", ".join(ids[:4]) + (", ..." if len(ids) > 4 else "")
+    if facts["workspace"] is None:
+        return names
+    return f"the {len(ids)} live edit{'s' if len(ids) > 1 else ''} of this workspace ({names})"
 
 
 def _line(reason: Mapping[str, Any]) -> str:

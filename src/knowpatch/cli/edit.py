@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
+import contextlib
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
@@ -13,27 +13,32 @@ from rich.markup import escape
 
 from knowpatch.cli import screen
 from knowpatch.cli.options import (
+    Author,
     Device,
     DryRun,
     Dtype,
     Json,
     Method,
     Model,
+    Reason,
     Seed,
     Settings,
-    check_writable,
+    day_of,
+    note_of,
 )
+from knowpatch.errors import OptionError
 
 if TYPE_CHECKING:
+    from knowpatch.cli.keeping import Keeper
     from knowpatch.edited import EditedModel
+    from knowpatch.editing import Seconds
     from knowpatch.effects import Effect
     from knowpatch.method import EditMethod
     from knowpatch.patch import Patch
+    from knowpatch.progress import Progress
     from knowpatch.request import EditRequest
 
 OLD_TOKENS = 16
-FOLDER = Path("patches")
-"""Where the patches of a sequence go by default."""
 MOST_SHOWN = 5
 """Patches of a sequence that are listed one by one."""
 
@@ -69,48 +74,94 @@ def run(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Patch file, by default patch-<id>.safetensors; with --sequential a folder.",
+            help="Patch file, by default patch-<id>.safetensors; with --sequential a folder. In a "
+            "workspace: a copy.",
         ),
+    ] = None,
+    reason: Reason = None,
+    author: Author = None,
+    source: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Where the fact is from; it is recorded.")
+    ] = None,
+    valid_from: Annotated[
+        str | None, typer.Option(metavar="DATE", help="First day on which the edit is live.")
+    ] = None,
+    valid_until: Annotated[
+        str | None, typer.Option(metavar="DATE", help="Last day on which the edit is live.")
     ] = None,
     dry_run: DryRun = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
-    """Change what a model says about a fact; shows the answer and what else moved."""
-    from knowpatch.editing import Seconds, choose, load
+    """Change what a model says about a fact; shows the answer and what else moved.
+
+    In a workspace (knowpatch init) the edit is made on top of what is live there, and recorded.
+    """
+    from knowpatch.cli.keeping import keeper
+    from knowpatch.editing import choose
     from knowpatch.method import parse_options
 
     requests = _requests(prompt, subject, target, old, rephrase, erase, requests_file)
     options = {**parse_options(settings or []), **({"chat": True} if chat else {})}
     chosen = choose(method, options, seed=seed)
-    if sequential:
-        _check_folder(out, chosen)
-    else:
-        check_writable(out)
+    place = keeper(
+        model=model,
+        out=out,
+        sequential=sequential,
+        note=note_of(author, reason),
+        source=source,
+        file=requests_file,
+        valid_from=day_of(valid_from, "--valid-from"),
+        valid_until=day_of(valid_until, "--valid-until"),
+    )
+    if sequential and not chosen.sequential:
+        raise OptionError(f"{chosen.name} has no sequential mode")
+    place.check(requests, chosen)
     if dry_run:
         from knowpatch.cli.plan import show_plan
 
-        show_plan(chosen, requests, model, device=device, dtype=dtype, as_json=as_json)
+        show_plan(chosen, requests, place.model, device=device, dtype=dtype, as_json=as_json)
         return
-    with screen.reporting() as report:
-        chosen.progress = report
-        start = perf_counter()
-        edited = load(model, device=device, dtype=dtype, progress=report)
-        loaded = perf_counter() - start
-        requests = _complete(edited, requests, chat=chosen.config.chat)
-        spent = Seconds()
-        patches = _made(edited, chosen, requests, spent, report, out, sequential)
-        result = _measure(edited, chosen, requests, patches, spent, report, sequential)
-    result["seconds"] = {"load": round(loaded, 3), **result["seconds"]}
-    effects = result.pop("effects")
-    if not sequential:
-        (result["patch"],) = result["patches"]
+    result, effects = _done(place, chosen, requests, sequential, device=device, dtype=dtype)
     if as_json:
         screen.print_json(result)
     else:
-        _show(result, effects, model)
+        _show(result, effects, place)
     raise typer.Exit(0 if result["took"] else 1)
+
+
+def _done(
+    place: Keeper,
+    method: EditMethod,
+    requests: list[EditRequest],
+    sequential: bool,
+    *,
+    device: str,
+    dtype: str,
+) -> tuple[dict[str, Any], list[Effect]]:
+    """Load, edit, measure and keep; what came of it as plain data, and the effects."""
+    from knowpatch.editing import Seconds, load
+
+    with screen.reporting() as report, contextlib.ExitStack() as standing:
+        method.progress = report
+        start = perf_counter()
+        edited = load(place.model, device=device, dtype=dtype, progress=report)
+        add = standing.enter_context(edited.growing())
+        for patch in place.standing(edited.view.fingerprint):
+            add(patch)
+        loaded = perf_counter() - start
+        requests = _complete(edited, requests, chat=method.config.chat)
+        spent = Seconds()
+        folder = place.turns(requests, method) if sequential else None
+        patches = _made(edited, method, requests, spent, report, folder)
+        result, effects = _measure(edited, method, requests, patches, spent, report)
+    result["seconds"] = {"load": round(loaded, 3), **result["seconds"]}
+    files = place.keep(patches, result)
+    result["patches"] = [_facts(*kept) for kept in zip(patches, files, strict=True)]
+    if not sequential:
+        (result["patch"],) = result["patches"]
+    return {**result, **place.told()}, effects
 
 
 def _requests(
@@ -153,50 +204,31 @@ def _complete(edited: EditedModel, requests: list[EditRequest], *, chat: bool) -
     return completed
 
 
-def _check_folder(out: Path | None, method: EditMethod) -> None:
-    """Refuse a place for the patches of a sequence before the work, not after it."""
-    from knowpatch.errors import InputError, OptionError
-
-    if not method.sequential:
-        raise OptionError(f"{method.name} has no sequential mode")
-    folder = out or FOLDER
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: is a file; with --sequential name a folder with --out")
-    check_writable(folder / "patch" if folder.exists() else folder)
-
-
 def _made(
     edited: EditedModel,
     method: EditMethod,
     requests: list[EditRequest],
-    spent: Any,
-    report: Any,
-    out: Path | None,
-    sequential: bool,
-) -> dict[Path, Patch]:
-    """The patches, by the files that they are, or are to be, in."""
-    from knowpatch.editing import edit, edit_in_turn, numbered
+    spent: Seconds,
+    report: Progress,
+    folder: Path | None,
+) -> list[Patch]:
+    """One patch for all requests, or one for each, which then are in `folder` as they come."""
+    from knowpatch.editing import edit, edit_in_turn
 
-    if sequential:
-        folder = out or FOLDER
-        patches = edit_in_turn(
-            edited, requests, folder, method=method, progress=report, seconds=spent
-        )
-        return dict(zip(numbered(folder, len(patches)), patches, strict=True))
-    patch = edit(edited, requests, method=method, seconds=spent)
-    return {out or Path(f"patch-{patch.id[:12]}.safetensors"): patch}
+    if folder is None:
+        return [edit(edited, requests, method=method, seconds=spent)]
+    return edit_in_turn(edited, requests, folder, method=method, progress=report, seconds=spent)
 
 
 def _measure(
     edited: EditedModel,
     method: EditMethod,
     requests: list[EditRequest],
-    patches: dict[Path, Patch],
-    spent: Any,
-    report: Any,
-    sequential: bool,
-) -> dict[str, Any]:
-    """What the patches did, as plain data. They are in their files afterwards."""
+    patches: list[Patch],
+    spent: Seconds,
+    report: Progress,
+) -> tuple[dict[str, Any], list[Effect]]:
+    """What the patches did, as plain data and as effects."""
     from knowpatch.editing import room
     from knowpatch.effects import measure, took
     from knowpatch.probes import derive
@@ -204,24 +236,18 @@ def _measure(
     start = perf_counter()
     expected = [method.expected(request) for request in requests]
     chat = method.config.chat
-    made = list(patches.values())
-    before = edited.digests(*made)
+    before = edited.digests(*patches)
     probes = derive(edited.view, requests, expected, chat=chat)
-    effects = measure(edited, made, probes, progress=report)
+    effects = measure(edited, patches, probes, progress=report)
     results = took(effects, requests, expected, chat=chat)
-    restored = edited.digests(*made) == before
-    left = room(edited, method, made)
-    if not sequential:  # whose patches are in their files already
-        for path, patch in patches.items():
-            patch.save(path)
-    return {
+    restored = edited.digests(*patches) == before
+    facts = {
         "method": method.name,
         "model": edited.view.source,
         "took": all(results),
         "took_each": results,
         "forgets": None in expected,
-        "patches": [_facts(patch, path) for path, patch in patches.items()],
-        "room": left,
+        "room": room(edited, method, patches),
         "seconds": {
             "prepare": round(spent.prepare, 3),
             "edit": round(spent.edit, 3),
@@ -229,8 +255,8 @@ def _measure(
         },
         "restored": restored,
         "probes": [_probe(effect) for effect in effects],
-        "effects": effects,
     }
+    return facts, effects
 
 
 def _facts(patch: Patch, path: Path) -> dict[str, Any]:
@@ -255,7 +281,7 @@ def _probe(effect: Effect) -> dict[str, Any]:
     }
 
 
-def _show(result: dict[str, Any], effects: list[Effect], model: str | None) -> None:
+def _show(result: dict[str, Any], effects: list[Effect], place: Keeper) -> None:
     """The report for a person."""
     from knowpatch.cli.report import show_effects
     from knowpatch.method import METHODS
@@ -278,12 +304,9 @@ def _show(result: dict[str, Any], effects: list[Effect], model: str | None) -> N
         if result["restored"]
         else "NOT given back as it was: please report this"
     )
-    console.print(f"model   {escape(result['model'])}, {back}; nothing but patch files was written")
-    place = Path(patches[0]["file"])
-    rest = f"--patch {shlex.quote(str(place if len(patches) == 1 else place.parent))}"
-    rest += "" if model is None else f" --model {shlex.quote(model)}"
-    lines = [f"next    knowpatch ask PROMPT {rest}"]
-    if "merged" in METHODS.get(result["method"]).exports:
-        lines.append(f"        knowpatch save DIR {rest}")
-    for line in lines:
-        console.print(line, style="dim", markup=False, soft_wrap=True)
+    console.print(f"model   {escape(result['model'])}, {back}; {place.wrote}")
+    merges = "merged" in METHODS.get(result["method"]).exports
+    lines = place.next(patches, merges=merges)
+    for number, line in enumerate(lines):
+        lead = "        " if number else "next    "
+        console.print(lead + line, style="dim", markup=False, soft_wrap=True)

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from datetime import date
+
+    from knowpatch.ledger import Note
     from knowpatch.patch import Patch
 
 Model = Annotated[
@@ -29,6 +32,41 @@ Patches = Annotated[
     list[Path] | None,
     typer.Option("--patch", metavar="FILE", help="A patch, or a folder of them; repeatable."),
 ]
+Reason = Annotated[
+    str | None, typer.Option("--reason", "-m", metavar="TEXT", help="Why; it is recorded.")
+]
+Author = Annotated[
+    str | None,
+    typer.Option(help="Who; by default KNOWPATCH_AUTHOR, else the name of your account."),
+]
+Day = Annotated[
+    str | None, typer.Option("--on", metavar="DATE", help="As on that day (YYYY-MM-DD).")
+]
+
+
+def note_of(author: str | None, reason: str | None) -> Note:
+    """Who and why, for the history; InputError if they are empty or cannot be stored."""
+    from knowpatch.errors import InputError
+    from knowpatch.ledger import Note
+
+    for name, text in (("author", author), ("reason", reason)):
+        if text is not None and not text.strip():
+            raise InputError(f"the {name} is empty; give one, or leave the option away")
+    return Note(author or "", reason)
+
+
+def day_of(text: str | None, option: str) -> date | None:
+    """The day that an option names; InputError if it names none."""
+    from datetime import date
+
+    from knowpatch.errors import InputError
+
+    if text is None:
+        return None
+    try:
+        return date.fromisoformat(text)
+    except ValueError:
+        raise InputError(f"{option} {text!r} is no day; give it as YYYY-MM-DD") from None
 
 
 def read_patches(paths: list[Path] | None) -> list[Patch]:

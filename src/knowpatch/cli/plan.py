@@ -19,6 +19,7 @@ from knowpatch.errors import ModelError
 from knowpatch.method import EditMethod, Shape
 from knowpatch.models import fingerprint, load
 from knowpatch.models.gguf import converted_folder
+from knowpatch.models.origin import Origin, Source, resolve, source_name
 from knowpatch.probes import controls
 from knowpatch.request import EditRequest
 
@@ -41,7 +42,7 @@ class Known:
     """
 
     name: str
-    kind: load.Source
+    kind: Source
     wide_bytes: int
     shape: Shape | None
     first: str | None
@@ -129,15 +130,15 @@ def known(name: str | None) -> Known:
     Raises:
         ModelError: there is none.
     """
-    origin = load.resolve(name)
+    origin = resolve(name)
     folder, size, first = _look(origin)
     shape = None
     if folder is not None:
         shape = shape_of(load.config_of(folder), fingerprint.known(folder))
-    return Known(load.source_name(origin), origin.kind, size, shape, first)
+    return Known(source_name(origin), origin.kind, size, shape, first)
 
 
-def _look(origin: load.Origin) -> tuple[Path | None, int, str | None]:
+def _look(origin: Origin) -> tuple[Path | None, int, str | None]:
     """Its folder, if there is one yet; bytes in float32; and what is to be done before."""
     if origin.kind == "hub":
         return _look_at_hub(origin.name)

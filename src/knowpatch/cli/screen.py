@@ -29,6 +29,12 @@ def out() -> Console:
     return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
 
 
+def say(line: str) -> None:
+    """One line on standard output, as it is; what a terminal would obey is spelled out."""
+    plain = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in line)
+    sys.stdout.write(f"{plain}\n")
+
+
 def print_json(value: Any) -> None:
     narrow = (sys.stdout.encoding or "utf-8").lower().replace("-", "") != "utf8"
     sys.stdout.write(json.dumps(value, ensure_ascii=narrow, allow_nan=False, indent=2) + "\n")

@@ -1,0 +1,140 @@
+"""`knowpatch log`: the edits of a workspace, the newest first."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from knowpatch.cli import screen
+from knowpatch.cli.columns import columns
+from knowpatch.cli.options import Day, Json, day_of
+
+if TYPE_CHECKING:
+    from datetime import date
+
+    from knowpatch.ledger import Edit, Workspace
+    from knowpatch.ledger.chain import Event
+
+SHOWN = 30
+
+
+def run(
+    number: Annotated[int, typer.Option("-n", min=1, help="How many are shown.")] = SHOWN,
+    everything: Annotated[bool, typer.Option("--all", help="Show all.")] = False,
+    live: Annotated[bool, typer.Option("--live", help="Only those that are live.")] = False,
+    on: Day = None,
+    events: Annotated[
+        bool, typer.Option("--events", help="Everything that happened: reverts and tags, too.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """List the edits of the workspace, the newest first."""
+    from knowpatch.ledger import Workspace
+    from knowpatch.ledger.workspace import today
+
+    day = day_of(on, "--on") or today()
+    workspace = Workspace.here()
+    if events:
+        _list_events(workspace, as_json=as_json, most=None if everything else number)
+        return
+    edits = workspace.live(day) if live or on else list(workspace.history.edits.values())
+    edits.reverse()
+    shown = edits if everything or as_json else edits[:number]
+    if as_json:
+        screen.print_json([facts(edit, day) for edit in shown])
+        return
+    if not edits:
+        screen.say("no edit yet; make one: knowpatch edit PROMPT --subject S --target T -m REASON")
+        return
+    head = ("id", "time", "author", "method", "state", "prompt → target", "reason")
+    rows = [head, *(_row(edit, day) for edit in shown)]
+    for line in columns(rows, (12, 16, 14, 16, 0, 60, 40)):
+        screen.say(line)
+    if len(shown) < len(edits):
+        screen.say(f"... and {len(edits) - len(shown)} earlier; -n N or --all shows more")
+
+
+def facts(edit: Edit, day: date) -> dict[str, Any]:
+    """An edit as plain data, without what is long (config, and what was measured)."""
+    names = ("time", "author", "method", "reason", "source", "took", "valid_from", "valid_until")
+    return {
+        "id": edit.id,
+        **{name: edit.recorded[name] for name in names},
+        "state": state(edit, day),
+        "requests": list(edit.requests),
+    }
+
+
+def state(edit: Edit, day: date) -> str:
+    """live, reverted, or on which days it would be live, if not on this one."""
+    if not edit.live:
+        return "reverted"
+    if edit.valid_on(day):
+        return "live"
+    start = edit.recorded["valid_from"]
+    if start is not None and start > day.isoformat():
+        return f"from {start}"
+    return f"until {edit.recorded['valid_until']}"
+
+
+def _row(edit: Edit, day: date) -> tuple[str, ...]:
+    made = edit.recorded
+    return (
+        edit.short,
+        moment(made["time"]),
+        made["author"],
+        made["method"],
+        state(edit, day),
+        edit.says,
+        made["reason"] or "",
+    )
+
+
+def moment(time: str) -> str:
+    """A recorded time, as it is read: in UTC, to the minute."""
+    return time[:16].replace("T", " ")
+
+
+def _list_events(workspace: Workspace, *, as_json: bool, most: int | None) -> None:
+    events = workspace.events[::-1]
+    if as_json:
+        screen.print_json([{"hash": event.hash, **event.body} for event in events])
+        return
+    head = ("event", "time", "author", "what", "reason")
+    rows = [head, *(_told(event, workspace) for event in events[:most])]
+    for line in columns(rows, (12, 16, 14, 72, 40)):
+        screen.say(line)
+
+
+def _told(event: Event, workspace: Workspace) -> tuple[str, ...]:
+    body = event.body
+    return (
+        event.hash[:12],
+        moment(str(body["time"])),
+        str(body["author"]),
+        what(event, workspace),
+        str(body.get("reason") or ""),
+    )
+
+
+def what(event: Event, workspace: Workspace) -> str:
+    """What an event did, in words."""
+    body = event.body
+    if event.kind == "edit":
+        edit = workspace.history.edits[body["patch"]]
+        gone = f", reverts {_names(body['reverts'])}" if body["reverts"] else ""
+        return f"edit {edit.short}{gone}: {edit.says}"
+    if event.kind == "tag":
+        return f"tag {body['name']}"
+    if event.kind in ("apply", "revert"):
+        parts = [f"apply {_names(body['applies'])}"] if body["applies"] else []
+        parts += [f"revert {_names(body['reverts'])}"] if body["reverts"] else []
+        return ", ".join(parts)
+    if event.kind == "trust":
+        return f"trust {len(body['keys'])} key(s)"
+    return f"init, for {body['model'] or 'the bundled model'}"
+
+
+def _names(ids: list[str]) -> str:
+    return " ".join(name[:12] for name in ids)

@@ -1,0 +1,333 @@
+"""Workspace: a `.knowpatch` folder, what was done in it, and doing the next thing."""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from knowpatch.errors import InputError, OptionError, PatchError
+from knowpatch.files import plain_storage_errors
+from knowpatch.ledger import blobs
+from knowpatch.ledger.chain import Event, written
+from knowpatch.ledger.history import BASE, FORMAT, NOW, Edit, History
+from knowpatch.ledger.store import Store, write_anew
+
+if TYPE_CHECKING:
+    from knowpatch.patch import Patch
+
+FOLDER = ".knowpatch"
+NOWHERE = "no .knowpatch here or above; run knowpatch init"
+
+
+@dataclass(frozen=True)
+class Note:
+    """What is recorded beside what was done.
+
+    Attributes:
+        author: who did it; by default KNOWPATCH_AUTHOR, else the name of the user's account.
+        reason: why.
+    """
+
+    author: str = ""
+    reason: str | None = None
+
+    def facts(self) -> dict[str, Any]:
+        moment = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+        return {"time": moment, "author": self.author or account(), "reason": self.reason}
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """What is recorded of an edit beside its patch.
+
+    Attributes:
+        over: the number of the event after which the patch was computed.
+        on: the day whose live edits it was computed on top of.
+        source: where the fact, or the request, is from.
+        took: for each request, whether its edit took.
+        report: what was measured before and after, as plain data.
+        valid_from, valid_until: first and last day on which it is live; None for no limit.
+        instead_of: id of the edit in whose place it was made anew.
+        sequence: names the run in which it was made on top of others of the same run.
+        turn: its number in that run, by which the report names its request.
+    """
+
+    over: int
+    on: date | None = None
+    source: str | None = None
+    took: Sequence[bool] | None = None
+    report: Mapping[str, Any] | None = None
+    valid_from: date | None = None
+    valid_until: date | None = None
+    instead_of: str | None = None
+    sequence: str | None = None
+    turn: int | None = None
+
+
+def account() -> str:
+    """The author where none is named."""
+    try:
+        return os.environ.get("KNOWPATCH_AUTHOR") or getpass.getuser()
+    except (OSError, KeyError, ImportError):  # an account without a name
+        return "unknown"
+
+
+def today() -> date:
+    return date.today()
+
+
+def folder_above(start: Path | None = None) -> Path | None:
+    """The `.knowpatch` of a folder (by default the current one) or of the nearest one above it."""
+    place = (start or Path.cwd()).absolute()
+    found = (folder / FOLDER for folder in (place, *place.parents))
+    return next((folder for folder in found if folder.is_dir()), None)
+
+
+def folder_here() -> Path:
+    """As `folder_above`; InputError where there is none."""
+    if (found := folder_above()) is None:
+        raise InputError(NOWHERE)
+    return found
+
+
+class Workspace:
+    """A workspace that is there.
+
+    Attributes:
+        folder: its `.knowpatch` folder.
+        history: what its events say, as last read (`refresh`).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.history = History()
+        self._store = Store(folder)
+        self.refresh()
+
+    @classmethod
+    def create(cls, root: Path, *, model: str | None = None, note: Note | None = None) -> Workspace:
+        """Make `.knowpatch` in `root`, for a model as `--model` takes it.
+
+        Raises:
+            InputError: there is one already, or it cannot be written.
+        """
+        folder = root / FOLDER
+        if folder.exists():
+            raise InputError(f"{folder}: exists already; nothing was changed")
+        if not root.is_dir():
+            raise InputError(f"{root}: no such folder; make it first")
+        body = {"kind": "init", "format": FORMAT, "model": model, **(note or Note()).facts()}
+        with plain_storage_errors(folder):
+            folder.mkdir()
+            write_anew(folder, [written(1, "", body)])
+        return cls(folder)
+
+    @classmethod
+    def above(cls, start: Path | None = None) -> Workspace | None:
+        """The workspace of a folder (by default the current one) or of the nearest one above it."""
+        folder = folder_above(start)
+        return None if folder is None else cls(folder)
+
+    @classmethod
+    def here(cls) -> Workspace:
+        """As `above`; InputError where there is none."""
+        return cls(folder_here())
+
+    def refresh(self) -> History:
+        """Read what other processes have added."""
+        self._store.refresh()
+        self.history.add(self._store.events[self.history.number :])
+        return self.history
+
+    @property
+    def events(self) -> Sequence[Event]:
+        """All that happened, in order."""
+        return self._store.events
+
+    # -- reading -----------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> str | None:
+        """What the workspace is for, as `--model` takes it: a path below it is seen from it."""
+        name = self.history.model
+        inside = name is not None and (self.folder.parent / name).exists()
+        return str(self.folder.parent / str(name)) if inside else name
+
+    def live(self, on: date | None = None) -> list[Edit]:
+        """The edits that are live on a day, by default today, in order."""
+        return self.history.live(on or today())
+
+    def patch(self, edit: Edit) -> Patch:
+        """The patch of an edit, checked against what was recorded.
+
+        Raises:
+            DataError: its file is missing or damaged; PatchError: of kinds or a format unknown
+            here, or without a signature where the workspace demands one.
+        """
+        from knowpatch.patch import Patch
+
+        path = blobs.patch_path(self.folder, edit.id)
+        blobs.content_of(path, edit.recorded["sha256"])
+        return Patch.load(path)
+
+    def patches(self, edits: Sequence[Edit]) -> list[Patch]:
+        """Those of several edits; errors as for `patch`."""
+        return [self.patch(edit) for edit in edits]
+
+    def report(self, edit: Edit) -> dict[str, Any] | None:
+        """What was measured when it was recorded; DataError if that file is damaged."""
+        digest = edit.recorded["report"]
+        if digest is None:
+            return None
+        content = blobs.content_of(blobs.report_path(self.folder, digest), digest)
+        found: dict[str, Any] = json.loads(content)
+        return found
+
+    def probes(self, edit: Edit, report: Mapping[str, Any] | None) -> Iterator[dict[str, Any]]:
+        """The answers before and after that are the edit's own, of its report."""
+        turn = edit.recorded["turn"]
+        for probe in (report or {}).get("probes", ()):
+            if turn is None or probe["request"] in (None, turn):
+                yield probe
+
+    # -- writing -----------------------------------------------------------------------------------
+
+    @contextmanager
+    def writing(self) -> Iterator[list[Mapping[str, Any]]]:
+        """Add events as one step: the block sees the newest history and fills the list.
+
+        No other process writes meanwhile, so keep it short. If the block raises, nothing is added.
+        """
+        with self._store.writing() as bodies:
+            self.history.add(self._store.events[self.history.number :])
+            yield bodies
+        self.history.add(self._store.events[self.history.number :])
+
+    def record(
+        self,
+        made: Sequence[tuple[Patch, Circumstances]],
+        *,
+        note: Note | None = None,
+        reverts: Sequence[Edit] = (),
+    ) -> list[Edit]:
+        """Keep patches, and record each as a live edit; all in one step.
+
+        One that was recorded before and taken back since is live again, in its old place.
+
+        Args:
+            made: the patches in order, with how each came about.
+            note: who and why.
+            reverts: edits that are taken back in the same step, which the new ones replace.
+
+        Raises:
+            PatchError: one is live already, or made for another model than the earlier ones.
+        """
+        ready = [self._body(patch, circumstances) for patch, circumstances in made]
+        facts = (note or Note()).facts()
+        replaced = [edit.id for edit in reverts]
+        with self.writing() as bodies:
+            for body in ready:
+                self.check_model(body["fingerprint"])
+                known = self.history.edits.get(body["patch"])
+                if known is not None and known.live and known.id not in replaced:
+                    raise PatchError(f"edit {known.short} is live already: {known.says}")
+                again = {"kind": "apply", "applies": [body["patch"]]}
+                bodies.append({**(again if known else body), "reverts": replaced, **facts})
+                replaced = []
+        return [self.history.edits[patch.id] for patch, _ in made]
+
+    def _body(self, patch: Patch, given: Circumstances) -> dict[str, Any]:
+        """An edit's event, its files written before it."""
+        content = patch.to_bytes()
+        body: dict[str, Any] = {
+            "kind": "edit",
+            "patch": patch.id,
+            "sha256": blobs.put(blobs.patch_path(self.folder, patch.id), content),
+            "bytes": len(content),
+            "rank": patch.rank,
+            "weights": sorted({delta.address.parameter for delta in patch.deltas}),
+            "traces": bool(patch.traces),
+            **patch.provenance.model_dump(mode="json"),
+            "report": None if given.report is None else self._keep(given.report),
+            "took": None if given.took is None else list(given.took),
+            "over": given.over,
+            "source": given.source,
+            "instead_of": given.instead_of,
+            "sequence": given.sequence,
+            "turn": given.turn,
+        }
+        days = {"on": given.on, "valid_from": given.valid_from, "valid_until": given.valid_until}
+        return body | {name: day and day.isoformat() for name, day in days.items()}
+
+    def _keep(self, report: Mapping[str, Any]) -> str:
+        content = json.dumps(report, ensure_ascii=False, allow_nan=False, sort_keys=True).encode()
+        digest = hashlib.sha256(content).hexdigest()
+        return blobs.put(blobs.report_path(self.folder, digest), content)
+
+    def check_model(self, fingerprint: str) -> None:
+        """PatchError if the workspace's edits are of a model with another fingerprint."""
+        mine = self.history.fingerprint
+        if mine is not None and fingerprint != mine:
+            raise PatchError(
+                f"this workspace is of the model with fingerprint {mine[:16]}, not "
+                f"{fingerprint[:16]}: use its model, or another workspace"
+            )
+
+    def move(
+        self,
+        *,
+        applies: Sequence[Edit] = (),
+        reverts: Sequence[Edit] = (),
+        note: Note | None = None,
+    ) -> None:
+        """Make edits live again and take others back, in one step.
+
+        Raises:
+            OptionError: one is live already, or is not live.
+        """
+        with self.writing() as bodies:
+            for edit in applies:
+                if edit.live:
+                    raise OptionError(f"edit {edit.short} is live already: {edit.says}")
+            for edit in reverts:
+                if not edit.live:
+                    raise OptionError(f"edit {edit.short} is not live: {edit.says}")
+            bodies.append(
+                {
+                    "kind": "apply" if applies else "revert",
+                    "applies": [edit.id for edit in applies],
+                    "reverts": [edit.id for edit in reverts],
+                    **(note or Note()).facts(),
+                }
+            )
+
+    def tag(self, name: str, at: int, *, note: Note | None = None) -> None:
+        """Name a state: that right after event `at`.
+
+        Raises:
+            OptionError: the name is taken, or cannot be one.
+        """
+        plain = bool(name) and all(c.isalnum() or c in "._-" for c in name)
+        if not plain or name in (NOW, BASE) or not name.isascii():
+            raise OptionError(f"{name!r} cannot be a tag: use letters, digits and . _ - in it")
+        with self.writing() as bodies:
+            if name in self.history.tags:
+                raise OptionError(f"the tag {name} is there already; choose another name")
+            bodies.append({"kind": "tag", "name": name, "at": at, **(note or Note()).facts()})
+
+    # -- sweeping ----------------------------------------------------------------------------------
+
+    def known_files(self) -> set[str]:
+        """Names of the files that events name."""
+        edits = self.history.edits.values()
+        names = {blobs.patch_path(self.folder, edit.id).name for edit in edits}
+        digests = {edit.recorded["report"] for edit in edits} - {None}
+        return names | {blobs.report_path(self.folder, digest).name for digest in digests}
