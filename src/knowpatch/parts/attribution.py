@@ -43,6 +43,25 @@ Neuron = tuple[int, int]
 """Block, and index among the I neurons of its MLP."""
 
 
+@dataclass(frozen=True)
+class Search:
+    """How neurons are looked for.
+
+    Attributes:
+        layers: blocks to look in; None for all that have neurons.
+        points: of the midpoint sum.
+        threshold: a neuron counts above this share of the largest attribution.
+        share: of the prompts that must find it, as `refined` takes it.
+        most: neurons that are kept at most, the highest attributed ones; None for all.
+    """
+
+    layers: Sequence[int] | None = None
+    points: int = 20
+    threshold: float = 0.2
+    share: float | None = None
+    most: int | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class Attributed:
     """What each neuron gives to an answer, and what it is at the prompt's last token, by block.
@@ -138,6 +157,36 @@ def _scores(
     return found
 
 
+@dataclass(frozen=True, eq=False)
+class Agreed:
+    """The neurons that prompts of one fact agree on, each prompt's coarse set and attributions."""
+
+    neurons: frozenset[Neuron]
+    coarse: tuple[frozenset[Neuron], ...]
+    read: tuple[Attributed, ...]
+
+
+def agreed(
+    view: ModelView,
+    prompts: Sequence[Ids],
+    answer: Ids,
+    search: Search,
+    *,
+    progress: Progress = silent,
+) -> Agreed:
+    """The neurons that an answer comes from, behind each of several prompts."""
+    layers = search.layers or blocks_with_neurons(view)
+    read = tuple(
+        attribute(view, layers, prompt, answer, points=search.points, progress=progress)
+        for prompt in prompts
+    )
+    sets = tuple(coarse(one.scores, search.threshold) for one in read)
+    neurons = refined(sets, search.share)
+    if search.most is not None:
+        neurons = highest(neurons, [one.scores for one in read], search.most)
+    return Agreed(neurons, sets, read)
+
+
 def coarse(scores: Mapping[int, Tensor], threshold: float) -> frozenset[Neuron]:
     """The neurons whose attribution is more than a share of the largest one of all layers."""
     largest = max(float(scores_I.max()) for scores_I in scores.values())
@@ -177,6 +226,18 @@ def refined(found: Sequence[AbstractSet[Neuron]], share: float | None) -> frozen
 
 def _shared(counts: Counter[Neuron], more_than: float) -> frozenset[Neuron]:
     return frozenset(neuron for neuron, count in counts.items() if count > more_than)
+
+
+def slots(weight_DI: Tensor, factors: Mapping[int, float]) -> tuple[Tensor, Tensor]:
+    """What adds so many times itself to each of these value slots: (D, K) @ (K, I).
+
+    A neuron times its slot is what it writes, so that scales the neuron, wherever it fires.
+    """
+    index_K = torch.tensor(sorted(factors), dtype=torch.long)
+    factor_K = torch.tensor([factors[index] for index in index_K.tolist()])
+    right_KI = torch.zeros(len(index_K), weight_DI.shape[1])
+    right_KI[torch.arange(len(index_K)), index_K] = 1.0
+    return factor_K * weight_DI[:, index_K], right_KI
 
 
 def highest(

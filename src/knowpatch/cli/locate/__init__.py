@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import typer
 
+from knowpatch.cli.locate import change, lens, neurons
+
 app = typer.Typer(no_args_is_help=True, help="Where a model keeps what it knows.")
 
 
 @app.callback()
 def _about() -> None:
     """Where a model keeps what it knows."""
+
+
+for verb in (change, lens, neurons):
+    app.command(verb.__name__.rpartition(".")[2])(verb.run)

@@ -37,11 +37,9 @@ from knowpatch.models.view import ModelView
 from knowpatch.parts.attribution import (
     ROLE,
     Neuron,
-    attribute,
-    blocks_with_neurons,
-    coarse,
-    highest,
-    refined,
+    Search,
+    agreed,
+    slots,
 )
 from knowpatch.parts.depths import Layers
 from knowpatch.parts.spans import Encoded, continuation
@@ -216,17 +214,12 @@ class Kn(EditMethod):
     def _find(self, view: ModelView, request: EditRequest, gold: Ids) -> Found:
         """The neurons that most of the prompts agree on."""
         config = self.config
-        layers = config.layers or blocks_with_neurons(view)
-        read = []
-        for prompt in (request.prompt, *request.rephrases):
-            ids = view.encode(prompt, chat=config.chat).ids
-            answer = gold[: config.old_tokens]
-            read.append(
-                attribute(view, layers, ids, answer, points=config.points, progress=self.progress)
-            )
-        neurons = refined([coarse(one.scores, config.threshold) for one in read], config.share)
-        if config.most is not None:
-            neurons = highest(neurons, [one.scores for one in read], config.most)
+        prompts = [
+            view.encode(text, chat=config.chat).ids for text in (request.prompt, *request.rephrases)
+        ]
+        search = Search(config.layers, config.points, config.threshold, config.share, config.most)
+        found = agreed(view, prompts, gold[: config.old_tokens], search, progress=self.progress)
+        neurons = found.neurons
         if not neurons:
             raise EditError(
                 f"no neuron is found that {view.decode(gold)!r} behind {request.prompt!r} comes "
@@ -235,7 +228,7 @@ class Kn(EditMethod):
         by_block = sorted(Counter(layer for layer, _ in neurons).items())
         told = ", ".join(f"{count} in block {layer}" for layer, count in by_block)
         log.info("%d neurons for %r: %s", len(neurons), request.prompt, told)
-        values = read[0].neurons
+        values = found.read[0].neurons
         return Found({(b, i): -1.0 if float(values[b][i]) < 0 else 1.0 for b, i in neurons})
 
     # -- writing -----------------------------------------------------------------------------------
@@ -280,12 +273,9 @@ class Kn(EditMethod):
             if change.direction_D is None
             for index in change.found.of(layer)
         }
-        for index, factor in sorted(scaled.items()):
-            only_I = torch.zeros(weight_DI.shape[1])
-            only_I[index] = 1.0
-            pairs.append((factor * weight_DI[:, index], only_I))
-        left_DK = torch.stack([left_D for left_D, _ in pairs], dim=1)
-        right_KI = torch.stack([right_I for _, right_I in pairs])
+        left_DK, right_KI = slots(weight_DI, scaled)
+        left_DK = torch.cat([*(left_D[:, None] for left_D, _ in pairs), left_DK], dim=1)
+        right_KI = torch.cat([*(right_I[None] for _, right_I in pairs), right_KI])
         return self.delta(view, role.address, role.factored(left_DK, right_KI))
 
     def _weights(self, weight_DI: Tensor, layer: int, found: Found) -> Tensor:
