@@ -16,13 +16,13 @@ REQUESTS = [
 ]
 
 
-@pytest.mark.parametrize("name", ["grace", "horen", "neuraldb"])
+@pytest.mark.parametrize("name", ["grace", "horen", "neuraldb", "memoir", "melo", "wise"])
 def test_at_most_one_control_prompt_in_a_hundred_fires(model, name):
     """With calibrated thresholds; the edited prompts themselves all fire."""
     method = choose(name)
     patch = edit(model, REQUESTS, method=method)
     (line,) = method.shown(prepare(model, method).prepared)
-    assert line.startswith("threshold ")
+    assert "threshold " in line
 
     def fired(prompts):
         found = 0

@@ -46,13 +46,6 @@ class SideConfig(MethodConfig):
     threshold: float | None = Field(
         None, description="from which score on a prompt is recognised; by default calibrated"
     )
-    wrong: float = Field(
-        0.15,
-        ge=0,
-        lt=1,
-        description="share of prompts out of scope that the threshold lets pass, when calibrated; "
-        "one half of them are in-scope prompts about another subject of its kind",
-    )
 
 
 @dataclass(frozen=True)

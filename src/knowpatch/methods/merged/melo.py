@@ -79,7 +79,7 @@ class Melo(Side):
                 return directions(read(view, module, rows, mean_behind_first), usual)
 
             found = calibrate(view.fingerprint, reading, "distance", keys, gaps)
-            radius = found.threshold(self.config.wrong)
+            radius = found.threshold()
         return SidePrepared(self.contexts(view), usual, radius, found)
 
     def edit(

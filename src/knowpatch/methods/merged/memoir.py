@@ -68,7 +68,7 @@ class Memoir(Side):
                 return self._masks(read(view, module, rows, mean_behind_first), usual)
 
             found = calibrate(view.fingerprint, reading, "similarity", keys, overlap)
-            threshold = found.threshold(self.config.wrong)
+            threshold = found.threshold()
         return SidePrepared(self.contexts(view), usual, threshold, found)
 
     def edit(

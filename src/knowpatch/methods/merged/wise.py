@@ -59,6 +59,9 @@ class WiseConfig(SideConfig):
     between: float = Field(
         0.8, gt=0, lt=1, description="where the threshold lies, from others to the edited prompt"
     )
+    wrong: float = Field(
+        0.15, ge=0, lt=1, description="share of the others, the farthest ones, that do not count"
+    )
     weight: float = Field(1.0, ge=0, description="of the routing loss, distances in such shares")
     full: int = Field(50, ge=1, description="edits that a copy takes")
     merged: int = Field(2, ge=1, description="full copies that are merged into one memory; 1: none")
