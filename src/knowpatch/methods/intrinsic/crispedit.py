@@ -43,6 +43,8 @@ PUBLISHED: dict[str, Any] = {
     "energy": 0.99,
     "eos": False,
     "constrain": "gradient",
+    "weight_decay": 0.0,
+    "enough": 1e-2,
 }
 
 
@@ -60,6 +62,14 @@ class CrispConfig(TunedConfig):
         "change", description="what stays inside: the change, or the gradient alone (published)"
     )
     batch_size: int = Field(32, ge=1, description="rows per step")
+    # Of 200 facts at once (24 scored, SmolLM2) all are learned with or without decay; with it the
+    # perplexity of ordinary text rises by 4.1 %, not 9.7, and of neighbours .26 stay, not .15.
+    weight_decay: float = Field(
+        10.0,
+        ge=0,
+        description="pulls the change towards zero: its share per step and learning rate",
+    )
+    enough: float = Field(0.2, gt=0, description="stop when the mean loss is below this")
     eos: bool = Field(True, description="learn to stop after the answer (published: false)")
     text: str | None = Field(
         None, description="for curvature and keep: file, folder, hub dataset, or self"
