@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from knowpatch.ask import Ask, Speaker
-from knowpatch.data.case import REWRITE, Case
+from knowpatch.data.case import MULTIHOP, REPHRASE, REWRITE, Case, Probe
 from knowpatch.data.records import Record
 from knowpatch.data.source import dataset_of, load
 from knowpatch.errors import DataError, RequestError, did_you_mean
@@ -16,7 +16,7 @@ from knowpatch.parts.spans import subject_span
 from knowpatch.progress import Progress, silent
 from knowpatch.reading import decode, parse, read_bytes
 
-FIELDS = ("prompt", "subject", "answer", "id")
+FIELDS = ("prompt", "subject", "answer", "id", "rephrases", "chains")
 ENDINGS = (".json", ".jsonl")
 TOGETHER = 40
 """Facts that a model is asked about at a time."""
@@ -31,12 +31,16 @@ class Fact:
         subject: what it is about, a part of the prompt.
         answer: what follows by the data; None for whatever the model says.
         id: the data's own name for it.
+        rephrases: the same in other words, with the subject as it is.
+        chains: questions about the subject that need this fact and others.
     """
 
     prompt: str
     subject: str
     answer: str | None = None
     id: str = ""
+    rephrases: tuple[str, ...] = ()
+    chains: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, prompt: str, subject: str, answer: str | None = None, id: str = "") -> Fact:
@@ -55,8 +59,9 @@ def read_facts(source: str | Path, *, data: Path | None = None) -> list[Fact]:
     """The facts of a file, or of a dataset, in order.
 
     Args:
-        source: a .json or .jsonl file of objects with prompt, subject and, where known, answer and
-            id; a dataset whose cases have subjects, by its name or by the path of its file.
+        source: a .json or .jsonl file of objects with prompt, subject and, where known, answer, id,
+            rephrases and chains; a dataset whose cases have subjects, by its name or by the path of
+            its file.
         data: folder with the datasets' files.
 
     Raises:
@@ -99,9 +104,15 @@ def _fact(record: Record) -> Fact:
             raise DataError(f"{record.place}: unknown field {name!r}: {hint}")
     answer = record.text("answer") if "answer" in record else None
     try:
-        return Fact.of(record.text("prompt"), record.text("subject"), answer, record.named("id"))
+        fact = Fact.of(record.text("prompt"), record.text("subject"), answer, record.named("id"))
+        rephrases, chains = (
+            tuple(record.texts(name)) if name in record else () for name in ("rephrases", "chains")
+        )
+        for text in (*rephrases, *chains):
+            subject_span(text, fact.subject)
     except RequestError as error:
         raise DataError(f"{record.place}: {error}") from None
+    return replace(fact, rephrases=rephrases, chains=chains)
 
 
 def _of_cases(source: str, cases: Sequence[Case]) -> list[Fact]:
@@ -110,11 +121,20 @@ def _of_cases(source: str, cases: Sequence[Case]) -> list[Fact]:
     for case in cases:
         asked = [probe for probe in case.of(REWRITE) if probe.subject]
         found += [Fact.of(p.prompt, p.subject or "", p.expected, case.id) for p in asked]
-        edits = [request for request in case.requests if request.subject and not asked]
-        found += [Fact.of(r.prompt, r.subject or "", r.old, case.id) for r in edits]
+        edits = [(n, r) for n, r in enumerate(case.requests) if r.subject and not asked]
+        for number, edit in edits:
+            fact = Fact.of(edit.prompt, edit.subject or "", edit.old, case.id)
+            reworded = [probe for probe in case.of(REPHRASE) if probe.request == number]
+            chains = _naming(fact, case.of(MULTIHOP))
+            found.append(replace(fact, rephrases=_naming(fact, reworded), chains=chains))
     if not found:
         raise DataError(f"{source}: no case names a subject; give a file of facts with subjects")
     return found
+
+
+def _naming(fact: Fact, probes: Sequence[Probe]) -> tuple[str, ...]:
+    """The probes' prompts that name the fact's subject."""
+    return tuple(p.prompt for p in probes if fact.subject in p.prompt)
 
 
 def known(
