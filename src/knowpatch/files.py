@@ -104,6 +104,23 @@ def write_atomically(path: str | Path, content: bytes) -> Path:
     return path
 
 
+def append_lines(path: Path, lines: Sequence[str]) -> None:
+    """Add lines to a file, whole; what a kill cut off at its end is written over."""
+    with plain_storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab+") as file:
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+            file.write("".join(f"{line}\n" for line in lines).encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def whole_lines(path: Path) -> list[bytes]:
+    """The lines of a file that `append_lines` writes, without one that a kill cut off."""
+    return path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+
+
 def _note(what: str, paths: Sequence[Path]) -> Path:
     stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     key = hashlib.sha256(json.dumps([what, stats]).encode()).hexdigest()

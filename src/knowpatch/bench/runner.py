@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -28,7 +27,7 @@ from knowpatch.data.source import Loaded, expanded, load
 from knowpatch.edited import EditedModel
 from knowpatch.editing import choose
 from knowpatch.errors import InputError
-from knowpatch.files import plain_storage_errors, source_digest, write_atomically
+from knowpatch.files import append_lines, source_digest, write_atomically
 from knowpatch.method import EditMethod
 from knowpatch.metrics.asker import Asker
 from knowpatch.metrics.catalogue import ALL, chosen
@@ -76,13 +75,7 @@ class Cell:
     def append(self, rows: Sequence[Row]) -> None:
         """Add rows that are not there yet, whole; what a kill cut off is written over."""
         new = [row for row in rows if not self.done(row.index, row.edits, row.final)]
-        path = self.folder / "rows.jsonl"
-        with plain_storage_errors(path), path.open("ab+") as file:
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
-            file.write("".join(f"{dump(row)}\n" for row in new).encode())
-            file.flush()
-            os.fsync(file.fileno())
+        append_lines(self.folder / "rows.jsonl", [dump(row) for row in new])
         for row in new:
             self._rows[row.index, row.edits, row.final] = row
 
