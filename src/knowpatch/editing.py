@@ -281,14 +281,14 @@ def prepare(
     key = (method.name, method.config.model_dump_json(), method.seed)
     ready: Ready | None = model.ready
     if ready is None or ready.key != key:
-        with _bare(model):
+        with bare(model):
             model.ready = ready = Ready(key, method.prepare(model.view))
     ready.follow(method, model.live)
     return ready
 
 
 @contextlib.contextmanager
-def _bare(model: EditedModel) -> Iterator[None]:
+def bare(model: EditedModel) -> Iterator[None]:
     """The model as it came, within the block."""
     live = model.live
     with model.view.lock:  # no other thread is served the bare model meanwhile

@@ -1,7 +1,7 @@
 """The command line: one file per verb; whatever is slow to import is imported inside the verb.
 
-Exit codes: 0 done, 1 an edit that did not take or a run in which all failed, 2 input that cannot be
-used (one line on stderr).
+Exit codes: 0 done, 1 an edit that did not take, a suite that fails or a run in which all failed,
+2 input that cannot be used (one line on stderr).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from knowpatch import __version__
 from knowpatch.cli import (
     ask,
     bench,
+    check,
     data,
     data_make,
     edit,
@@ -59,7 +60,7 @@ def _options(
 
 
 WORKSPACE = (init, log, show, verify)
-for verb in (edit, ask, *WORKSPACE, forget, methods, prepare, save, evaluate):
+for verb in (edit, ask, check, *WORKSPACE, forget, methods, prepare, save, evaluate):
     app.command(verb.__name__.rpartition(".")[2])(verb.run)
 data.app.command("make")(data_make.run)
 app.add_typer(bench.app, name="bench")

@@ -108,8 +108,11 @@ def perplexity_tf_published(case: Case, before: Asker, after: Asker) -> Result |
 
 @of_text(about="perplexity of an ordinary text that no edit is about")
 def ordinary_ppl_tf(case: Case, before: Asker, after: Asker) -> Result | None:
-    if not (case.requests and case.probes):
-        return None
+    return of_ordinary(before, after) if case.requests and case.probes else None
+
+
+def of_ordinary(before: Asker, after: Asker) -> Result:
+    """Of both models: log-likelihood and tokens of the ordinary text, as `of_corpus` takes them."""
     old, new = (
         [model.force(opening, rest) for opening, rest in ordinary()] for model in (before, after)
     )
