@@ -130,6 +130,7 @@ def _spectrum(axes: Axes, matrices: Mapping[str, Sequence[Matrix]]) -> None:
         )
     axes.set_yscale("log")
     axes.set_ylim(1e-3, 1.5)
+    axes.set_xlim(0.5, max(10, *(len(one.spectrum) for some in matrices.values() for one in some)))
     axes.xaxis.get_major_locator().set_params(integer=True)  # type: ignore[call-arg]
     plain_axes(axes, "Spectrum of the change", "singular value", "over the largest")
 
@@ -143,19 +144,25 @@ def _words(axes: Axes, found: Mapping[int, Mapping[str, Summary]]) -> None:
     for number, (name, told) in enumerate(TOLD.items()):
         summaries = [found[k][name] for k in found]
         middles = [100 * one.mean for one in summaries]
-        arms = [
-            [max(0.0, sign * (100 * (one.mean if end is None else end) - middle))]
-            for one, middle in zip(summaries, middles, strict=True)
-            for sign, end in ((-1, one.low), (1, one.high))
-        ]
+        arms = [_arms(one) for one in summaries]
         axes.bar(
             [place + 0.27 * (number - 1) for place in range(len(found))],
             middles,
             0.25,
-            yerr=[[a[0] for a in arms[::2]], [a[0] for a in arms[1::2]]],
+            yerr=[[below for below, _ in arms], [above for _, above in arms]],
             error_kw={"linewidth": 0.8, "ecolor": "#444444", "capsize": 2},
             color=GREYS[name],
             label=told,
         )
     axes.set_xticks(range(len(found)), [str(k) for k in found])
     axes.legend(fontsize=7, frameon=False)
+
+
+def _arms(one: Summary) -> tuple[float, float]:
+    """How far the interval reaches below and above a share, in percent; of one fact there is none.
+
+    A share of 0 or 1 of one fact has Wilson's interval in tables, which here would hide the rest.
+    """
+    if one.n < 2 or one.low is None or one.high is None:
+        return 0.0, 0.0
+    return max(0.0, 100 * (one.mean - one.low)), max(0.0, 100 * (one.high - one.mean))

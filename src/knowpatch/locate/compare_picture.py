@@ -51,7 +51,8 @@ def _correlations(axes: Axes, found: Comparison) -> None:
         arms = [[one.mean - low], [high - one.mean]]
         axes.errorbar([one.mean], [place], xerr=arms, elinewidth=1.2, **_look(kind))
     axes.set_yticks(range(len(kinds)), kinds)
-    axes.set_xlim(-0.25, 1.05)
+    lows = [one.correlation.low or 0.0 for one in found.kinds.values()]
+    axes.set_xlim(min(-0.25, *lows) - 0.05, 1.05)
     axes.axvline(0, color="#888888", linewidth=0.8)
     plain_axes(axes, "Correlation with the fact's own", "Pearson's r of all blocks' scores", "")
 
