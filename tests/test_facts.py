@@ -89,10 +89,10 @@ def test_a_model_knows_what_it_says(known):
     told = [Fact(p, p.split()[-2], a, p) for p, a in tiny.FACTS.items()]
     wrong = Fact("The capital of France is", "France", "Paris Tokyo", "wrong")
     silent = Fact("The capital of France is", "France", None, "silent")
-    found, asked = facts.known(model, [wrong, silent, *told])
-    assert found == [silent, *told]
-    assert asked == 2 + len(told)
-    assert facts.known(model, [wrong, silent, *told], most=2) == ([silent, told[0]], 3)
+    asked = [wrong, silent, *told]
+    assert facts.known(model, asked) == ([silent, *told], 2 + len(told))
+    assert facts.known(model, asked, most=2) == ([silent, told[0]], 3)
+    assert [knows for _, knows in facts.asked(model, asked)] == [False, *[True] * (1 + len(told))]
 
 
 def test_an_empty_subject_is_refused():

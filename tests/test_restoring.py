@@ -14,7 +14,7 @@ from knowpatch.deltas import Address, LowRank, WeightDelta
 from knowpatch.edited import EditedModel
 from knowpatch.models import growing
 from knowpatch.models.growing import Growing
-from knowpatch.models.restorations import Corrupted, Put
+from knowpatch.models.restorations import Corrupted, Put, logprobs_of
 from knowpatch.models.restoring import Whole, restoring
 
 PROMPT = "The capital of France is"
@@ -149,7 +149,7 @@ def test_what_cannot_be_felt_is_left_as_it_is(view_of):
     blocks, mlps, _ = parts(view)
     prompt = corrupted(view)
     way = restoring(view, prompt, mlps)
-    low = way.logits_BV[1:].log_softmax(-1)[:, 7]
+    low = logprobs_of(way.logits_BV[1:], 7)
     found = way.logprobs([(Put(blocks[-1], 2),), (Put(mlps[-1], 3),)], 7)
     assert torch.equal(found, low.expand(2, -1))
 

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 
 from knowpatch.errors import DataError
+from knowpatch.files import whole_lines
 
 Mode = Literal["single", "batch", "sequential"]
 Values = dict[str, tuple[FiniteFloat, ...]]
@@ -108,10 +109,7 @@ def rows_of(folder: Path) -> list[Row]:
 
 
 def _rows(path: Path) -> Iterator[Row]:
-    if not path.is_file():
-        return
-    lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines[:-1], 1):  # what has no line end was cut
+    for number, line in enumerate(whole_lines(path), 1):
         try:
             yield Row.model_validate_json(line)
         except ValidationError as error:

@@ -137,6 +137,19 @@ def _naming(fact: Fact, probes: Sequence[Probe]) -> tuple[str, ...]:
     return tuple(p.prompt for p in probes if fact.subject in p.prompt)
 
 
+def asked(model: Speaker, facts: Sequence[Fact]) -> Iterator[tuple[Fact, bool]]:
+    """The facts in order, and whether the model knows each.
+
+    It knows a fact if each token of the answer is the likeliest one behind those before it; what
+    has no answer it knows. (ROME keeps facts whose answer is one token; here all of them count.)
+    """
+    for start in range(0, len(facts), TOGETHER):
+        ask, chunk = Ask(model), facts[start : start + TOGETHER]
+        forced = [ask.score(fact.prompt, fact.answer) if fact.answer else None for fact in chunk]
+        for fact, future in zip(chunk, forced, strict=True):
+            yield fact, future is None or all(future.result().correct)
+
+
 def known(
     model: Speaker,
     facts: Sequence[Fact],
@@ -144,28 +157,19 @@ def known(
     most: int | None = None,
     progress: Progress = silent,
 ) -> tuple[list[Fact], int]:
-    """The facts that a model knows, in order, and how many it was asked about.
-
-    It knows a fact if each token of the answer is the likeliest one behind those before it; what
-    has no answer it knows. (ROME keeps facts whose answer is one token; here all of them count.)
+    """The facts that a model knows (see `asked`), in order, and how many it was asked about.
 
     Args:
-        most: facts that are enough; by default all are asked about.
+        most: facts that are enough; by default it is asked about all.
     """
+    total = len(facts) if most is None else most
     found: list[Fact] = []
-    asked = 0
-    for start in range(0, len(facts), TOGETHER):
-        progress("asking what the model knows", len(found), most or len(facts))
-        ask, chunk = Ask(model), facts[start : start + TOGETHER]
-        forced = [ask.score(fact.prompt, fact.answer) if fact.answer else None for fact in chunk]
-        for fact, future in zip(chunk, forced, strict=True):
-            asked += 1
-            if future is None or all(future.result().correct):
-                found.append(fact)
-            if most is not None and len(found) == most:
-                break
-        if most is not None and len(found) == most:
+    count = 0
+    for fact, knows in asked(model, facts):
+        if len(found) == most:
             break
-    total = most or len(facts)
+        progress("asking what the model knows", len(found), total)
+        found += [fact] if knows else []
+        count += 1
     progress("asking what the model knows", total, total)
-    return found, asked
+    return found, count

@@ -25,7 +25,13 @@ from knowpatch.models.hooks import Hook, choosing, registered, seeing_nothing, s
 from knowpatch.models.known import Known
 from knowpatch.models.passes import Tap
 from knowpatch.models.past import Past
-from knowpatch.models.restorations import Corrupted, Outputs, Placed, Restoration
+from knowpatch.models.restorations import (
+    Corrupted,
+    Outputs,
+    Placed,
+    Restoration,
+    logprobs_of,
+)
 from knowpatch.models.twin import twin
 from knowpatch.models.view import ModelView
 from knowpatch.progress import Progress, silent
@@ -82,7 +88,7 @@ class Growing:
         self, restorations: Sequence[Restoration], token: int, *, progress: Progress = silent
     ) -> Tensor:
         """log p(token) behind the prompt in every draw of every restoration, (R, S), float32."""
-        found_RS = self.logits_BV[1:].log_softmax(-1)[:, token].repeat(len(restorations), 1)
+        found_RS = logprobs_of(self.logits_BV[1:], token).repeat(len(restorations), 1)
         felt = [(*self._begin(one), r) for r, one in enumerate(restorations) if self._is_felt(one)]
         past, done = Past.nothing(1, self._view.device), 0
         for position, group in groupby(sorted(felt), itemgetter(0)):
@@ -92,7 +98,7 @@ class Growing:
                 begun = [(block, restorations[number]) for _, block, number in piece]
                 logits_NV = self._run(past, position, begun)
                 numbers = [number for _, _, number in piece]
-                found_RS[numbers] = logits_NV.log_softmax(-1)[:, token].view(len(piece), -1)
+                found_RS[numbers] = logprobs_of(logits_NV, token).view(len(piece), -1)
                 done += len(piece)
         progress("restoring", len(felt), len(felt))
         return found_RS

@@ -7,12 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from knowpatch.models.passes import Ids, Shift
+from knowpatch.models.roles import Roles
+
+Kind = Literal["state", "mlp", "attn"]
+"""What is restored: a block's whole output, or what its MLP or its attention adds to it."""
+KINDS: tuple[Kind, ...] = get_args(Kind)
+STATE, MLP, ATTENTION = KINDS
+
+
+def outputs_of(roles: Roles, kind: Kind) -> tuple[str, ...]:
+    """Path of the module in each block that puts out `kind`; ModelError if there is none."""
+    if kind == STATE:
+        return tuple(block.module for block in roles.blocks)
+    role = "mlp.out" if kind == MLP else "attn.out"
+    return tuple(roles.linear(role, layer).module for layer in range(len(roles.blocks)))
 
 
 @dataclass(frozen=True)
@@ -69,3 +83,8 @@ class Outputs:
         columns = torch.tensor([column for _, column, _ in placed]).repeat_interleave(len(draws_S))
         index = rows.to(states_NCD.device), columns.to(states_NCD.device)
         return states_NCD.index_put(index, torch.cat(values_SD).to(states_NCD.dtype))
+
+
+def logprobs_of(logits_NV: Tensor, token: int) -> Tensor:
+    """log p(token) in each row, (N)."""
+    return logits_NV[:, token] - logits_NV.logsumexp(-1)

@@ -21,7 +21,13 @@ from torch import Tensor
 from knowpatch.models.above import Above
 from knowpatch.models.growing import Growing
 from knowpatch.models.passes import Act, Tap
-from knowpatch.models.restorations import Corrupted, Outputs, Put, Restoration
+from knowpatch.models.restorations import (
+    Corrupted,
+    Outputs,
+    Put,
+    Restoration,
+    logprobs_of,
+)
 from knowpatch.models.view import ModelView
 from knowpatch.progress import Progress, silent
 
@@ -92,7 +98,7 @@ class Whole:
                 run = self._above.run(
                     range(len(self._last)), logits_at=self._last, shifts=[self._noise], acts=acts
                 )
-            found.append(run.logits_MV.log_softmax(-1)[:, token])
+            found.append(logprobs_of(run.logits_MV, token))
         progress("restoring", len(restorations), len(restorations))
         return torch.stack(found)
 

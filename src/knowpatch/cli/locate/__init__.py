@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import typer
 
-from knowpatch.cli.locate import change, compare, lens, neurons, roundtrip, suggest
+from knowpatch.cli.locate import (
+    attribute,
+    change,
+    compare,
+    lens,
+    neurons,
+    roundtrip,
+    suggest,
+    trace,
+)
 
 app = typer.Typer(no_args_is_help=True, help="Where a model keeps what it knows.")
 
@@ -14,5 +23,5 @@ def _about() -> None:
     """Where a model keeps what it knows."""
 
 
-for verb in (change, compare, lens, neurons, roundtrip, suggest):
+for verb in (trace, attribute, change, compare, lens, neurons, roundtrip, suggest):
     app.command(verb.__name__.rpartition(".")[2])(verb.run)
