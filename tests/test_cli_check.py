@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 import pytest
 from shell import FRANCE, TARGET, files, refuse, run
 
+NILE = "The Nile flows through"
 LEARN = ("--set", "learning_rate=0.01")
 SUITE = f"""
 change: [{{prompt: {FRANCE[1]}, answer: {TARGET}}}]
@@ -99,3 +100,51 @@ def test_a_made_suite_is_plain_yaml(workspace: Path):
     assert f"- prompt: {FRANCE[1]}\n  answer: {TARGET}\n" in text
     assert json.dumps(text)  # no letter that is none
     assert "plain.yaml" in files(workspace)
+
+
+# -- an edit that a suite guards -------------------------------------------------------------------
+
+
+def test_an_edit_that_the_suite_lets_is_kept(folder: Path, tmp_path: Path):
+    """As without a guard, with a line that says so."""
+    (tmp_path / "suite.yaml").write_text(SUITE)
+    here = (*FRANCE, *LEARN, "--model", folder, "--guard", "suite.yaml")
+    result = run(*here, "--out", "fix.safetensors", cwd=tmp_path)
+    assert result.code == 0, result
+    assert "guard   suite.yaml passed" in result.out
+    assert (tmp_path / "fix.safetensors").is_file()
+
+
+def test_an_edit_that_fails_the_suite_is_taken_back(workspace: Path):
+    """On top of what is live: nothing is recorded, exit code 1, and the failing check is named."""
+    guarded = workspace / "strict.yaml"
+    guarded.write_text(f"{SUITE.rstrip()[:-1]}, {{prompt: {NILE}, answer: Egypt}}]")
+    before = {name: c for name, c in files(workspace).items() if ".knowpatch" in name}
+    again = ("edit", NILE, "--subject", "Nile", "--target", "Tokyo", *LEARN)
+    result = run(*again, "--guard", "strict.yaml", cwd=workspace)
+    assert result.code == 1, result
+    assert "must change      1 of 1 hold" in result.out  # which is live
+    assert "failed: must not change" in result.out
+    assert "the edit was taken back: nothing was kept" in result.out
+    told = run(*again, "--guard", "strict.yaml", "--json", cwd=workspace)
+    assert told.code == 1
+    assert told.json()["guard"]["passed"] is False
+    assert told.json()["patches"] == []
+    assert {n: c for n, c in files(workspace).items() if ".knowpatch" in n} == before
+
+
+def test_of_a_sequence_that_fails_nothing_is_left(folder: Path, tmp_path: Path):
+    """Patches that came as files one after the other are removed again."""
+    (tmp_path / "suite.yaml").write_text("perplexity: {rise: 0}\nkeep: [{prompt: a, answer: zz}]")
+    request = {"prompt": FRANCE[1], "subject": "France", "target": TARGET}
+    (tmp_path / "facts.json").write_text(json.dumps([request]))
+    sequence = ("edit", "--from", "facts.json", "--sequential", *LEARN, "--model", folder)
+    result = run(*sequence, "--guard", "suite.yaml", cwd=tmp_path)
+    assert result.code == 1, result
+    assert set(files(tmp_path)) == {"suite.yaml", "facts.json"}
+
+
+def test_a_guard_that_is_no_suite_is_refused_before_the_work(folder: Path, tmp_path: Path):
+    """One line, no model loaded."""
+    line = refuse(*FRANCE, "--model", folder, "--guard", "nowhere.yaml", cwd=tmp_path)
+    assert line == "nowhere.yaml: no such file"

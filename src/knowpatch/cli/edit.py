@@ -29,6 +29,7 @@ from knowpatch.cli.options import (
 from knowpatch.errors import OptionError
 
 if TYPE_CHECKING:
+    from knowpatch.cli.guard import Guard
     from knowpatch.cli.keeping import Keeper
     from knowpatch.edited import EditedModel
     from knowpatch.editing import Seconds
@@ -89,6 +90,10 @@ def run(
     valid_until: Annotated[
         str | None, typer.Option(metavar="DATE", help="Last day on which the edit is live.")
     ] = None,
+    guard: Annotated[
+        Path | None,
+        typer.Option(metavar="SUITE", help="Keep the edit only if this suite passes with it."),
+    ] = None,
     dry_run: DryRun = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -98,6 +103,7 @@ def run(
 
     In a workspace (knowpatch init) the edit is made on top of what is live there, and recorded.
     """
+    from knowpatch.cli.guard import Guard
     from knowpatch.cli.keeping import keeper
     from knowpatch.editing import choose
     from knowpatch.method import parse_options
@@ -118,17 +124,20 @@ def run(
     if sequential and not chosen.sequential:
         raise OptionError(f"{chosen.name} has no sequential mode")
     place.check(requests, chosen)
+    guarding = Guard.of(guard)
     if dry_run:
         from knowpatch.cli.plan import show_plan
 
         show_plan(chosen, requests, place.model, device=device, dtype=dtype, as_json=as_json)
         return
-    result, effects = _done(place, chosen, requests, sequential, device=device, dtype=dtype)
+    result, effects = _done(
+        place, chosen, requests, sequential, guarding, device=device, dtype=dtype
+    )
     if as_json:
         screen.print_json(result)
     else:
-        _show(result, effects, place)
-    raise typer.Exit(0 if result["took"] else 1)
+        _show(result, effects, place, guarding)
+    raise typer.Exit(0 if result["took"] and (guarding is None or guarding.passed) else 1)
 
 
 def _done(
@@ -136,11 +145,13 @@ def _done(
     method: EditMethod,
     requests: list[EditRequest],
     sequential: bool,
+    guard: Guard | None,
     *,
     device: str,
     dtype: str,
 ) -> tuple[dict[str, Any], list[Effect]]:
-    """Load, edit, measure and keep; what came of it as plain data, and the effects."""
+    """Load, edit, measure and keep, if the guard lets it; what came of it, and the effects."""
+    from knowpatch.cli.guard import discard
     from knowpatch.editing import Seconds, load
 
     with screen.reporting() as report, contextlib.ExitStack() as standing:
@@ -154,9 +165,17 @@ def _done(
         requests = _complete(edited, requests, chat=method.config.chat)
         spent = Seconds()
         folder = place.turns(requests, method) if sequential else None
+        there = list(folder.glob("*.safetensors")) if folder else []
         patches = _made(edited, method, requests, spent, report, folder)
         result, effects = _measure(edited, method, requests, patches, spent, report)
+        if guard is not None:
+            guard.ask(edited, patches, report)
+            result["guard"] = guard.facts()
     result["seconds"] = {"load": round(loaded, 3), **result["seconds"]}
+    if guard is not None and not guard.passed:
+        if folder is not None:
+            discard(folder, there)
+        return {**result, "patches": []}, effects
     files = place.keep(patches, result)
     result["patches"] = [_facts(*kept) for kept in zip(patches, files, strict=True)]
     if not sequential:
@@ -281,13 +300,20 @@ def _probe(effect: Effect) -> dict[str, Any]:
     }
 
 
-def _show(result: dict[str, Any], effects: list[Effect], place: Keeper) -> None:
+def _show(
+    result: dict[str, Any], effects: list[Effect], place: Keeper, guard: Guard | None
+) -> None:
     """The report for a person."""
     from knowpatch.cli.report import show_effects
     from knowpatch.method import METHODS
 
     console = screen.out()
     show_effects(console, result, effects)
+    if guard is not None:
+        guard.show(console)
+        if not guard.passed:
+            console.print("the edit was taken back: nothing was kept")
+            return
     patches, spent = result["patches"], result["seconds"]
     for patch in patches if len(patches) <= MOST_SHOWN else [patches[0], patches[-1]]:
         rank = f", rank {patch['rank']}" if patch["rank"] else ""
