@@ -48,6 +48,7 @@ def record(workspace: Workspace, made: Patch, *, reason: str | None = None, **fa
 
 def filled(root: Path, count: int, *, weights: bool = False) -> Workspace:
     """A workspace with so many edits, one after the other."""
+    root.mkdir(exist_ok=True)
     workspace = Workspace.create(root, note=Note("Anna"))
     for number in range(count):
         report = {"probes": [], "number": number}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +18,23 @@ from knowpatch.ledger.store import TEXT
 LEARN = ("--set", "learning_rate=0.01")
 NILE = ("edit", "The Nile flows through", "--subject", "Nile", "--target", "Tokyo")
 NOWHERE = "no .knowpatch here or above; run knowpatch init"
-LIGHT = [["log"], ["log", "--events"], ["show", "ID"], ["verify"]]
-"""Verbs that need no model, with what they take."""
+CAIRO = ("edit", "The capital of France is", "--subject", "France", "--target", "Cairo")
+JAPAN = ("edit", "The capital of Japan is", "--subject", "Japan", "--target", "Paris")
+LIGHT = [
+    ["log"],
+    ["log", "--events"],
+    ["show", "ID"],
+    ["verify"],
+    ["diff", "--weights"],
+    ["tag"],
+    ["tag", "v1"],
+    ["gc"],
+    ["trust"],
+    ["revert", "ID"],
+    ["apply", "ID"],
+    ["replay"],
+]
+"""Verbs that need no model, with what they take, in an order in which each can be done."""
 
 
 def ids(cwd: Path) -> list[str]:
@@ -199,14 +215,189 @@ def test_bad_days_and_empty_reasons_are_refused(tmp_path: Path):
     assert "is for some/model" in refuse(*FRANCE, "--model", "other/model", cwd=tmp_path)
 
 
-@pytest.mark.parametrize("arguments", LIGHT, ids=" ".join)
-def test_what_needs_no_model_loads_no_torch(arguments: list[str], synthetic: Path):
+def test_what_needs_no_model_loads_no_torch(tmp_path: Path):
     """Nor transformers: these verbs answer at once."""
-    words = [ids(synthetic)[0] if word == "ID" else word for word in arguments]
+    filled(tmp_path, 3)
+    words = [[ids(tmp_path)[0] if word == "ID" else word for word in verb] for verb in LIGHT]
     code = (
         "import sys\nfrom knowpatch.cli import main\n"
-        f"try: main({words!r})\nexcept SystemExit as end: assert not end.code, end.code\n"
-        "sys.exit(int(bool({'torch', 'transformers'} & set(sys.modules))))"
+        f"for words in {words!r}:\n"
+        "    try: main(words)\n    except SystemExit as end: assert not end.code, words\n"
+        "    assert not {'torch', 'transformers'} & set(sys.modules), words\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=synthetic, capture_output=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True)
     assert done.returncode == 0, done.stderr
+
+
+# -- what is done to edits -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace with two edits of weights, the second on top of the first; tagged v1."""
+    cwd = tmp_path_factory.mktemp("two")
+    run("init", "--model", folder, cwd=cwd)
+    assert run(*FRANCE, *LEARN, cwd=cwd).code == 0
+    assert run(*NILE, *LEARN, cwd=cwd).code == 0
+    assert run("tag", "v1", cwd=cwd).code == 0
+    return cwd
+
+
+@pytest.fixture
+def copy(two: Path, tmp_path: Path) -> Path:
+    """A copy of that workspace, to be written to."""
+    shutil.copytree(two, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def test_what_was_edited_is_not_edited_again_unawares(copy: Path):
+    """The same prompt, and a rewording of it: refused, before any model is loaded."""
+    first = ids(copy)[-1]
+    for words in (CAIRO, ("edit", "France's capital is", *CAIRO[2:])):
+        line = refuse(*words, cwd=copy)
+        assert first[:12] in line
+        assert "--replace takes it back, --force keeps both" in line
+    assert "--replace or --force" in refuse(*CAIRO, "--replace", "--force", cwd=copy)
+    days = ("--valid-until", "2030-01-01", "--replace")
+    assert "use --force" in refuse(*CAIRO, *days, cwd=copy)
+
+
+def test_replace_is_made_without_the_old_edit_and_force_above_it(copy: Path):
+    """With --replace the old answer is that of the model without the old edit."""
+    second, first = ids(copy)
+    told = run(*CAIRO, *LEARN, "--replace", "--json", cwd=copy).json()
+    (new,) = told["workspace"]["recorded"]
+    assert told["workspace"]["replaced"] == [first]
+    assert told["workspace"]["live"] == [second, new]
+    rewrite = next(p for p in told["probes"] if p["kind"] == "rewrite" and not p["chat"])
+    assert not rewrite["before"]["text"].strip().startswith(TARGET)
+    workspace = Workspace(copy / ".knowpatch")
+    assert [edit.id for edit in workspace.history.beneath(workspace.history.edit(new))] == [second]
+    assert run("revert", "--to", "v1", "--no-ask", cwd=copy).code == 0
+    told = run(*CAIRO, *LEARN, "--force", "--json", cwd=copy).json()
+    rewrite = next(p for p in told["probes"] if p["kind"] == "rewrite" and not p["chat"])
+    assert rewrite["before"]["text"].strip().startswith(TARGET)
+    assert len(told["workspace"]["live"]) == 3
+
+
+def test_an_edit_that_writes_over_another_is_refused(copy: Path):
+    """Another subject and prompt, but the key in the edited layer is so near that the answer to
+    the first goes; what is refused leaves no file. Forced, both are kept."""
+    second, first = ids(copy)
+    run("revert", second, cwd=copy)
+    before = files(copy)
+    result = run(*JAPAN, *LEARN, cwd=copy)
+    assert result.code == 2
+    (line,) = result.complaints
+    assert first[:12] in line
+    assert "key reached" in line
+    assert files(copy) == before
+    assert run(*JAPAN, *LEARN, "--force", cwd=copy).code == 0
+    assert len(ids(copy)) == 3
+
+
+def test_a_revert_beneath_others_tells_what_flipped_and_replay_mends(copy: Path, folder: Path):
+    """Listed are answers of later edits that are right no more; replay computes these anew, in
+    the old place, and then nothing is left to do. The base's bytes come back with the last."""
+    second, first = ids(copy)
+    told = run("revert", first[:9], "-m", "wrong", "--json", cwd=copy).json()
+    assert told["reverted"] == [first]
+    assert told["live"] == told["leaning"] == [second]
+    assert told["exact"] is False
+    flipped = [item["edit"] for item in told["flipped"] if not item["right"]]
+    assert set(flipped) <= {second}
+    assert "would be replayed" in run("replay", "--dry-run", cwd=copy).out
+    told = run("replay", "--json", cwd=copy).json()
+    (done,) = told["replayed"]
+    assert done["edit"] == second
+    assert done["took"] == [True]
+    alone = run(
+        *NILE, *LEARN, "--model", folder, "--out", "x.safetensors", "--json", cwd=copy.parent
+    )
+    assert done["new"] == alone.json()["patch"]["id"]  # as it would be without the first
+    assert "nothing to replay" in run("replay", cwd=copy).out
+    told = run("revert", done["new"], "--json", cwd=copy).json()
+    assert told["exact"] is True
+    assert told["flipped"] is None
+    said = run("ask", NILE[1], "--json", cwd=copy).json()
+    assert said["with"] is None
+    assert run("verify", "--deep", cwd=copy).code == 0
+
+
+def test_a_lost_patch_is_computed_anew_to_the_same_bytes(copy: Path):
+    """From what the history holds; ask refuses until then, and says what to do."""
+    first = ids(copy)[-1]
+    path = copy / ".knowpatch" / "patches" / f"{first}.safetensors"
+    content = path.read_bytes()
+    path.unlink()
+    assert "is missing" in refuse("ask", FRANCE[1], cwd=copy)
+    assert "knowpatch replay makes it again" in run("verify", cwd=copy).out
+    told = run("replay", "--json", cwd=copy).json()
+    assert told["replayed"] == [{"edit": first, "new": None, "took": [True]}]
+    assert path.read_bytes() == content
+    assert run("verify", cwd=copy).code == 0
+
+
+def test_diff_tells_edits_weights_and_answers(copy: Path):
+    """Between the base, an edit, a tag and now; weights without a model."""
+    second, first = ids(copy)
+    told = run("diff", "--json", cwd=copy).json()
+    assert (told["only_a"], told["only_b"]) == ([], [first, second])
+    assert sum(len(item["edits"]) for item in told["weights"]) == 2
+    assert all(item["norm"] > 0 for item in told["weights"])
+    moved = {item["prompt"]: (item["a"], item["b"]) for item in told["answers"]["differ"]}
+    assert moved[FRANCE[1]][0].strip().startswith("Paris")
+    assert moved[FRANCE[1]][1].strip().startswith(TARGET)
+    out = run("diff", first[:8], "v1", "--weights", cwd=copy).out
+    assert f"+ {second[:12]}" in out
+    assert "answers" not in out
+    assert "same edits" in run("diff", "v1", "now", "--weights", cwd=copy).out
+    assert "tags: v1" in refuse("diff", "v2", cwd=copy)
+
+
+def test_days_choose_which_edits_answer(copy: Path):
+    """A replacement from a day on: until then the old edit answers, from then on the new one."""
+    rule = ("--method", "ice", "--valid-from", "2030-01-20", "--replace")
+    told = run(*CAIRO, *rule, "--json", cwd=copy).json()
+    (new,) = told["workspace"]["recorded"]
+    second, first = ids(copy)[1:]
+    for day, live in (("2030-01-19", [first, second]), ("2030-01-20", [second, new])):
+        said = run("ask", FRANCE[1], "--on", day, "--json", cwd=copy).json()
+        assert said["patches"] == live
+    lines = run("log", cwd=copy).out.splitlines()
+    assert "from 2030-01-20" in lines[1]
+    assert "live" in lines[3]
+    lines = run("log", "--on", "2031-01-01", cwd=copy).out.splitlines()
+    assert [line[:12] for line in lines[1:]] == [new[:12], second[:12]]
+    assert "needs a workspace" in refuse("ask", "x", "--on", "2030-01-01", cwd=copy.parent)
+
+
+def test_a_patch_file_is_taken_in(copy: Path, tmp_path_factory: pytest.TempPathFactory):
+    """As the next edit, its file named as the source; not twice, and not of another model."""
+    first = ids(copy)[-1]
+    file = copy / ".knowpatch" / "patches" / f"{first}.safetensors"
+    line = refuse("apply", file, cwd=copy)
+    assert first[:12] in line
+    cwd = tmp_path_factory.mktemp("other")
+    run("init", "--model", "x/y", cwd=cwd)
+    assert run("apply", file, "-m", "from Anna", cwd=cwd).code == 0
+    (edit,) = run("log", "--json", cwd=cwd).json()
+    assert edit["id"] == first
+    assert edit["source"] == file.name
+    foreign = filled(tmp_path_factory.mktemp("foreign"), 1)
+    (other,) = (foreign.folder / "patches").iterdir()
+    assert "another workspace" in refuse("apply", other, cwd=copy)
+
+
+def test_an_edit_is_applied_again_in_its_place(copy: Path):
+    """And what would meet another live one by then is refused."""
+    second, first = ids(copy)
+    run("revert", first, "--no-ask", cwd=copy)
+    assert "not live" in refuse("revert", first, cwd=copy)
+    told = run("apply", first, "--json", cwd=copy).json()
+    assert told["live"] == [first, second]
+    run("revert", first, "--no-ask", cwd=copy)
+    run(*CAIRO, "--method", "ice", cwd=copy)
+    assert "takes it back" in refuse("apply", first, cwd=copy)
+    told = run("apply", first, "--replace", "--json", cwd=copy).json()
+    assert told["live"] == [first, second]

@@ -15,9 +15,10 @@ from ledgers import FINGERPRINT, filled, ids, patch, record
 from knowpatch.errors import DataError, InputError, OptionError, PatchError
 from knowpatch.ledger import Note, Workspace, blobs
 from knowpatch.ledger.chain import Event, digest, joined, linked, written
+from knowpatch.ledger.copies import repair
 from knowpatch.ledger.history import History
 from knowpatch.ledger.store import DATABASE, TEXT, stored_in
-from knowpatch.ledger.verify import repair, verify
+from knowpatch.ledger.verify import verify
 
 
 def chain(count: int) -> list[Event]:

@@ -11,9 +11,10 @@ from made import provenance
 from knowpatch.editing import edit
 from knowpatch.errors import PatchError
 from knowpatch.models.sites import listening
-from knowpatch.parts.editdistance import distances, letters, shares, stripped
+from knowpatch.parts.editdistance import distances, letters, shares
 from knowpatch.parts.encoders import OWN
 from knowpatch.parts.prompting.worded import worded_rule
+from knowpatch.parts.words import distance, stripped
 from knowpatch.patch import Patch, PromptRule
 from knowpatch.request import EditRequest
 
@@ -40,6 +41,7 @@ def test_distances_are_the_textbooks():
     for query in [*texts[:15], "", "kitten", "\N{GREEK SMALL LETTER ALPHA}bc"]:
         plain = [_plain(query, text) for text in texts]
         assert distances(query, *stored).tolist() == plain
+        assert [distance(query, text) for text in texts] == plain
         longer = [max(len(query), len(text)) for text in texts]
         assert shares(query, *stored).tolist() == pytest.approx(
             [n / m for n, m in zip(plain, longer, strict=True)]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from knowpatch.ask import Ask
 from knowpatch.data.case import REWRITE, Probe
@@ -52,6 +53,19 @@ class Effect:
         """Whether the answer is another one now."""
         return self.after.text != self.before.text
 
+    def facts(self) -> dict[str, Any]:
+        """As plain data."""
+        probe = self.probe
+        return {
+            "kind": probe.kind,
+            "prompt": probe.prompt,
+            "chat": probe.chat,
+            "request": probe.request,
+            "expected": self.expected,
+            "before": asdict(self.before),
+            "after": asdict(self.after),
+        }
+
 
 def measure(
     model: EditedModel,
@@ -61,6 +75,17 @@ def measure(
     progress: Progress = silent,
 ) -> list[Effect]:
     """Ask every probe without and with `patches`; the model is given back as it was."""
+    return compare(model, probes, model.applied(*patches), progress=progress)
+
+
+def compare(
+    model: EditedModel,
+    probes: Sequence[Probe],
+    changed: contextlib.AbstractContextManager[object],
+    *,
+    progress: Progress = silent,
+) -> list[Effect]:
+    """Ask every probe of the model as it is, and as it is within `changed`."""
     before = Ask(model, progress=progress)
     said = [before.generate(p.prompt, max_new_tokens=_tokens(p), chat=p.chat) for p in probes]
     wanted = [
@@ -69,7 +94,7 @@ def measure(
     ]
     forced = [before.score(p.prompt, w, chat=p.chat) for p, w in zip(probes, wanted, strict=True)]
     before.run()
-    with model.applied(*patches):
+    with changed:
         after = Ask(model, progress=progress)
         scored = [
             after.score(p.prompt, w, chat=p.chat) for p, w in zip(probes, wanted, strict=True)

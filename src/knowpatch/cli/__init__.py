@@ -16,21 +16,29 @@ from typer.exceptions import TyperException
 
 from knowpatch import __version__
 from knowpatch.cli import (
+    apply,
     ask,
     bench,
     check,
     data,
     data_make,
+    diff,
     edit,
     evaluate,
     forget,
+    gc,
     init,
     locate,
     log,
     methods,
     prepare,
+    replay,
+    revert,
     save,
     show,
+    sign,
+    tag,
+    trust,
     verify,
 )
 from knowpatch.errors import KnowpatchError
@@ -59,7 +67,7 @@ def _options(
     """Change what a language model knows, as measured, reversible, shippable patches."""
 
 
-WORKSPACE = (init, log, show, verify)
+WORKSPACE = (init, log, show, diff, apply, revert, replay, tag, verify, gc, sign, trust)
 for verb in (edit, ask, check, *WORKSPACE, forget, methods, prepare, save, evaluate):
     app.command(verb.__name__.rpartition(".")[2])(verb.run)
 data.app.command("make")(data_make.run)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,8 +22,10 @@ from knowpatch.cli.options import (
     Reason,
     Seed,
     Settings,
+    Sign,
     day_of,
     note_of,
+    signer_of,
 )
 from knowpatch.errors import OptionError
 
@@ -94,6 +95,13 @@ def run(
         Path | None,
         typer.Option(metavar="SUITE", help="Keep the edit only if this suite passes with it."),
     ] = None,
+    sign: Sign = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Take back live edits that this one meets.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Keep live edits that this one meets, beneath it.")
+    ] = False,
     dry_run: DryRun = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -120,6 +128,9 @@ def run(
         file=requests_file,
         valid_from=day_of(valid_from, "--valid-from"),
         valid_until=day_of(valid_until, "--valid-until"),
+        signer=signer_of(sign),
+        replace=replace,
+        force=force,
     )
     if sequential and not chosen.sequential:
         raise OptionError(f"{chosen.name} has no sequential mode")
@@ -153,20 +164,23 @@ def _done(
     """Load, edit, measure and keep, if the guard lets it; what came of it, and the effects."""
     from knowpatch.cli.guard import discard
     from knowpatch.editing import Seconds, load
+    from knowpatch.ledger.standing import standing
 
-    with screen.reporting() as report, contextlib.ExitStack() as standing:
+    with screen.reporting() as report, contextlib.ExitStack() as beneath:
         method.progress = report
         start = perf_counter()
         edited = load(place.model, device=device, dtype=dtype, progress=report)
-        add = standing.enter_context(edited.growing())
-        for patch in place.standing(edited.view.fingerprint):
-            add(patch)
+        beneath.enter_context(standing(edited, place.standing(edited.view.fingerprint)))
         loaded = perf_counter() - start
         requests = _complete(edited, requests, chat=method.config.chat)
         spent = Seconds()
         folder = place.turns(requests, method) if sequential else None
         there = list(folder.glob("*.safetensors")) if folder else []
         patches = _made(edited, method, requests, spent, report, folder)
+        while replaced := place.collided(edited, patches, report):  # made anew, without them
+            edited.drop(*replaced)
+            folder = place.turns(requests, method) if sequential else None
+            patches = _made(edited, method, requests, spent, report, folder)
         result, effects = _measure(edited, method, requests, patches, spent, report)
         if guard is not None:
             guard.ask(edited, patches, report)
@@ -273,7 +287,7 @@ def _measure(
             "ask": round(perf_counter() - start, 3),
         },
         "restored": restored,
-        "probes": [_probe(effect) for effect in effects],
+        "probes": [effect.facts() for effect in effects],
     }
     return facts, effects
 
@@ -284,19 +298,6 @@ def _facts(patch: Patch, path: Path) -> dict[str, Any]:
         "file": str(path),
         "bytes": path.stat().st_size,
         "rank": patch.rank,
-    }
-
-
-def _probe(effect: Effect) -> dict[str, Any]:
-    probe = effect.probe
-    return {
-        "kind": probe.kind,
-        "prompt": probe.prompt,
-        "chat": probe.chat,
-        "request": probe.request,
-        "expected": effect.expected,
-        "before": asdict(effect.before),
-        "after": asdict(effect.after),
     }
 
 

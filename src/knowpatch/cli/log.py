@@ -31,7 +31,7 @@ def run(
 ) -> None:
     """List the edits of the workspace, the newest first."""
     from knowpatch.ledger import Workspace
-    from knowpatch.ledger.workspace import today
+    from knowpatch.ledger.notes import today
 
     day = day_of(on, "--on") or today()
     workspace = Workspace.here()

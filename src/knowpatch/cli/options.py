@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from datetime import date
 
     from knowpatch.ledger import Note
+    from knowpatch.ledger.signing import Signer
     from knowpatch.patch import Patch
 
 Model = Annotated[
@@ -39,6 +40,9 @@ Author = Annotated[
     str | None,
     typer.Option(help="Who; by default KNOWPATCH_AUTHOR, else the name of your account."),
 ]
+Sign = Annotated[
+    Path | None, typer.Option(metavar="KEYFILE", help="Sign it with this private key (ed25519).")
+]
 Day = Annotated[
     str | None, typer.Option("--on", metavar="DATE", help="As on that day (YYYY-MM-DD).")
 ]
@@ -53,6 +57,13 @@ def note_of(author: str | None, reason: str | None) -> Note:
         if text is not None and not text.strip():
             raise InputError(f"the {name} is empty; give one, or leave the option away")
     return Note(author or "", reason)
+
+
+def signer_of(path: Path | None) -> Signer | None:
+    """The key to sign with, if one is named; InputError if it is none."""
+    from knowpatch.ledger.signing import Signer
+
+    return None if path is None else Signer.load(path)
 
 
 def day_of(text: str | None, option: str) -> date | None:

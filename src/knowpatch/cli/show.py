@@ -26,7 +26,7 @@ def run(
 ) -> None:
     """Show what is recorded of an edit: request, method, who, why, and what it changed."""
     from knowpatch.ledger import Workspace
-    from knowpatch.ledger.workspace import today
+    from knowpatch.ledger.notes import today
 
     workspace = Workspace.here()
     edit = workspace.history.edit(edit_id)
@@ -44,7 +44,7 @@ def run(
 
 
 def _lines(edit: Edit, workspace: Workspace) -> Iterator[tuple[str, str]]:
-    from knowpatch.ledger.workspace import today
+    from knowpatch.ledger.notes import today
 
     made = edit.recorded
     yield "edit", edit.id

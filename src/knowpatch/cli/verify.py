@@ -12,30 +12,55 @@ from knowpatch.cli.options import Json
 
 if TYPE_CHECKING:
     from knowpatch.ledger.verify import Findings
+    from knowpatch.progress import Progress
 
 
 def run(
     repair: Annotated[
         bool, typer.Option("--repair", help="Mend the history from whichever copy holds it.")
     ] = False,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Load the model, too, and hold the live patches to it.")
+    ] = False,
+    signed_by: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY", help="Demand a signature of one of these public keys."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Check the history's chain and every file of the workspace; exit code 1 if one is broken."""
-    from knowpatch.ledger.verify import repair as mend
+    from knowpatch.ledger.copies import repair as mend
+    from knowpatch.ledger.signing import public_key
     from knowpatch.ledger.verify import verify
     from knowpatch.ledger.workspace import folder_here
 
     folder = folder_here()
+    keys = [public_key(key) for key in signed_by or ()]
     aside: Path | None = None
     with screen.reporting() as report:
         if repair:
             _, aside = mend(folder)
-        found = verify(folder, progress=report)
+        found = verify(folder, signed_by=keys, progress=report)
+        if deep and not found.faults:
+            found = _deeper(folder, found, report)
     if as_json:
         _print_json(folder, found, aside)
     else:
         _show(folder, found, aside)
     raise typer.Exit(1 if found.faults else 0)
+
+
+def _deeper(folder: Path, found: Findings, report: Progress) -> Findings:
+    """With what is wrong between the live patches and the model, whose tensors are hashed anew."""
+    from dataclasses import replace
+
+    from knowpatch.editing import load
+    from knowpatch.ledger import Workspace
+    from knowpatch.ledger.standing import misfits
+
+    workspace = Workspace(folder)
+    model = load(workspace.model, dtype="stored", progress=report)
+    return replace(found, faults=tuple(misfits(workspace, model, progress=report)))
 
 
 def _print_json(folder: Path, found: Findings, aside: Path | None) -> None:

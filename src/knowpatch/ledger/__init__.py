@@ -27,8 +27,9 @@ from the events whenever a workspace is opened; nothing derived is stored.
 
 Fields of an Edit: `id`, `short`, `says`, `live`, `requests`, and `recorded`, the facts of its
 event: time, author, reason, source, method, config, seed, fingerprint, version, requests, patch,
-sha256, bytes, rank, weights (names of the parameters that it changes), traces, took, report, over,
-on, valid_from, valid_until, reverts, instead_of, sequence, turn. Apply patches in the order of
+sha256, bytes, rank, weights (names of the parameters that it changes), parts (kinds of what it
+holds besides), folds, took, report, over, on, valid_from, valid_until, reverts, ends, instead_of,
+sequence, turn. Apply patches in the order of
 `ws.live()`: the same live edits are then the same bytes, whatever was reverted in between.
 
 Modules: chain (events and their hashes), store (database and text), blobs (files), history (what
@@ -36,7 +37,8 @@ the events say), workspace (doing things), verify (checking and mending).
 """
 
 from knowpatch.ledger.history import BASE, NOW, Edit, History
-from knowpatch.ledger.workspace import FOLDER, NOWHERE, Circumstances, Note, Workspace
+from knowpatch.ledger.notes import Circumstances, Note
+from knowpatch.ledger.workspace import FOLDER, NOWHERE, Workspace
 
 __all__ = [
     "BASE",

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from time import time
+from typing import Any
 
 from knowpatch.errors import DataError
 from knowpatch.files import plain_storage_errors, write_atomically
 
 PATCHES, REPORTS, WORK = "patches", "reports", "work"
+DAY = 86400.0
+"""Seconds: what is younger may be a writer's whose event is still to come."""
 
 
 def patch_path(folder: Path, patch_id: str) -> Path:
@@ -26,12 +29,21 @@ def report_path(folder: Path, digest: str) -> Path:
     return folder / REPORTS / f"{digest}.json"
 
 
+def stems(recorded: Mapping[str, Any]) -> Iterator[str]:
+    """How the names of an edit's files begin: patch and signatures by its id, and its report."""
+    yield str(recorded["patch"])
+    if recorded["report"] is not None:
+        yield str(recorded["report"])
+
+
 def put(path: Path, content: bytes) -> str:
     """Write `content` to `path`, whole and on the disk; returns its SHA-256."""
     digest = hashlib.sha256(content).hexdigest()
-    if not (path.is_file() and path.read_bytes() == content):
-        write_atomically(path, content)
     with plain_storage_errors(path):
+        if path.is_file() and path.read_bytes() == content:
+            os.utime(path)  # in use again: not to be swept away
+        else:
+            write_atomically(path, content)
         for place in (path, path.parent):
             handle = os.open(place, os.O_RDONLY)
             try:
@@ -56,21 +68,19 @@ def _why(error: OSError) -> str:
     return "is missing" if isinstance(error, FileNotFoundError) else f"not readable ({error})"
 
 
-def strays(folder: Path, known: Collection[str], *, age: float) -> Iterator[Path]:
-    """Files and folders of work that no event names, and that no one has touched for `age` seconds.
+def strays(folder: Path, known: Collection[str], *, age: float) -> Iterator[tuple[Path, int]]:
+    """What no event names, and no one has touched for `age` seconds, with its size in bytes.
 
     Args:
         folder: the workspace.
-        known: names of the files that are named.
+        known: how the names of those begin that events name (`stems`).
         age: a file that is younger may be a writer's whose event is still to come.
     """
-    for part in (PATCHES, REPORTS, WORK):
-        place = folder / part
-        for path in sorted(place.iterdir()) if place.is_dir() else []:
-            if path.name not in known and time() - _touched(path) >= age:
-                yield path
-
-
-def _touched(path: Path) -> float:
-    inside = path.iterdir() if path.is_dir() else ()
-    return max((item.lstat().st_mtime for item in (path, *inside)), default=0.0)
+    inside = [part for part in (PATCHES, REPORTS, WORK) if (folder / part).is_dir()]
+    found = [path for part in inside for path in sorted((folder / part).iterdir())]
+    found += [path for path in sorted(folder.glob(".*")) if path.is_file()]  # half-written
+    for path in found:
+        files = [path, *path.iterdir()] if path.is_dir() else [path]
+        touched = max(file.lstat().st_mtime for file in files)
+        if path.name.split(".")[0] not in known and time() - touched >= age:
+            yield path, sum(file.lstat().st_size for file in files if not file.is_dir())

@@ -8,6 +8,7 @@ edit (right after it was recorded), by a tag, `base` (nothing live) or `now`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
@@ -18,6 +19,8 @@ from knowpatch.ledger.chain import Event
 
 FORMAT = 1
 NOW, BASE = "now", "base"
+HASH = re.compile("[0-9a-f]{64}")
+"""What files are named by: a name that is anything else could lead out of the workspace."""
 Key = tuple[int, int]
 
 
@@ -30,12 +33,22 @@ class Edit:
         place: where it stands among the live ones.
         spans: from which event on it was live, up to which (None: still).
         touched: the events that say anything of it.
+        last_day: on which it is live; None for no limit.
     """
 
     event: Event
     place: Key
     spans: list[tuple[int, int | None]] = field(default_factory=list)
     touched: list[Event] = field(default_factory=list)
+    last_day: str | None = None
+
+    def __post_init__(self) -> None:
+        self.last_day = self.recorded["valid_until"]
+
+    @property
+    def ended(self) -> bool:
+        """Whether another edit takes over from a day on."""
+        return bool(self.last_day != self.recorded["valid_until"])
 
     @property
     def recorded(self) -> Mapping[str, Any]:
@@ -71,7 +84,7 @@ class Edit:
 
     def valid_on(self, day: date) -> bool:
         """Whether that day is in its time, the first and the last day included."""
-        start, end = self.recorded["valid_from"], self.recorded["valid_until"]
+        start, end = self.recorded["valid_from"], self.last_day
         text = day.isoformat()
         return (start is None or start <= text) and (end is None or text <= end)
 
@@ -119,7 +132,7 @@ class History:
         elif event.kind == "edit":
             self._add_edit(event)
         elif event.kind in ("apply", "revert"):
-            self._end(event, body["reverts"])
+            self._take_back(event)
             for name in body["applies"]:
                 self._begin(event, self.edits[name])
         elif event.kind == "tag":
@@ -134,11 +147,13 @@ class History:
         stands_for = body["instead_of"]
         place = (self.edits[stands_for].place[0], event.number) if stands_for else None
         edit = Edit(event, place or (event.number, event.number))
-        texts = ("patch", "sha256", "method", "fingerprint", "time", "author")
-        if any(not isinstance(body[name], str) for name in texts) or edit.id in self.edits:
+        texts = ("method", "fingerprint", "time", "author")
+        hashes = (body["patch"], body["sha256"], body["report"] or "0" * 64)
+        plain = all(isinstance(body[name], str) for name in texts)
+        if not plain or not all(map(HASH.fullmatch, hashes)) or edit.id in self.edits:
             raise ValueError
-        edit.says, edit.valid_on(date.min), int(body["over"])
-        self._end(event, body["reverts"])
+        edit.says, edit.valid_on(date.min), int(body["over"] or 0), body["sequence"]
+        self._take_back(event)
         self.edits[edit.id] = edit
         self._begin(event, edit)
         self.fingerprint = self.fingerprint or body["fingerprint"]
@@ -148,11 +163,14 @@ class History:
             edit.spans.append((event.number, None))
         edit.touched.append(event)
 
-    def _end(self, event: Event, names: Iterable[str]) -> None:
-        for edit in (self.edits[name] for name in names):
+    def _take_back(self, event: Event) -> None:
+        for edit in (self.edits[name] for name in event.body["reverts"]):
             if edit.live:
                 edit.spans[-1] = (edit.spans[-1][0], event.number)
             edit.touched.append(event)
+        for name, day in event.body["ends"].items():
+            self.edits[name].last_day = str(day)
+            self.edits[name].touched.append(event)
 
     # -- looking up --------------------------------------------------------------------------------
 
@@ -194,12 +212,18 @@ class History:
                 f"{error}; a state is an edit's id, {BASE}, {NOW} or a tag (tags: {tags})"
             ) from None
 
+    def stood(self, other: Edit, edit: Edit) -> bool:
+        """Whether `other` was live, in a place before it, when `edit` was computed."""
+        made = edit.recorded
+        if made["over"] is None or other.place >= edit.place or other.id in made["reverts"]:
+            return False
+        if made["sequence"] is not None and other.recorded["sequence"] == made["sequence"]:
+            return True
+        day = made["on"]
+        in_time = day is None or other.valid_on(date.fromisoformat(day))
+        return in_time and other.live_at(int(made["over"]))
+
     def beneath(self, edit: Edit) -> list[Edit]:
-        """The edits that were live, in places before its own, when it was computed."""
-        day = edit.recorded["on"]
-        below = self.live(day and date.fromisoformat(day), at=int(edit.recorded["over"]))
-        below = [other for other in below if other.place < edit.place]
-        if (run := edit.recorded["sequence"]) is None:
-            return below
-        same = [other for other in self.edits.values() if other.recorded["sequence"] == run]
-        return below + [other for other in same if other.place < edit.place]
+        """The edits that `edit` was computed on top of, in order."""
+        found = [other for other in self.edits.values() if self.stood(other, edit)]
+        return sorted(found, key=lambda other: other.place)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import getpass
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import UTC, date, datetime
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,70 +16,16 @@ from knowpatch.files import plain_storage_errors
 from knowpatch.ledger import blobs
 from knowpatch.ledger.chain import Event, written
 from knowpatch.ledger.history import BASE, FORMAT, NOW, Edit, History
+from knowpatch.ledger.notes import Circumstances, Note, today
+from knowpatch.ledger.signing import check_signed
 from knowpatch.ledger.store import Store, write_anew
 
 if TYPE_CHECKING:
+    from knowpatch.ledger.signing import Signer
     from knowpatch.patch import Patch
 
 FOLDER = ".knowpatch"
 NOWHERE = "no .knowpatch here or above; run knowpatch init"
-
-
-@dataclass(frozen=True)
-class Note:
-    """What is recorded beside what was done.
-
-    Attributes:
-        author: who did it; by default KNOWPATCH_AUTHOR, else the name of the user's account.
-        reason: why.
-    """
-
-    author: str = ""
-    reason: str | None = None
-
-    def facts(self) -> dict[str, Any]:
-        moment = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
-        return {"time": moment, "author": self.author or account(), "reason": self.reason}
-
-
-@dataclass(frozen=True)
-class Circumstances:
-    """What is recorded of an edit beside its patch.
-
-    Attributes:
-        over: the number of the event after which the patch was computed.
-        on: the day whose live edits it was computed on top of.
-        source: where the fact, or the request, is from.
-        took: for each request, whether its edit took.
-        report: what was measured before and after, as plain data.
-        valid_from, valid_until: first and last day on which it is live; None for no limit.
-        instead_of: id of the edit in whose place it was made anew.
-        sequence: names the run in which it was made on top of others of the same run.
-        turn: its number in that run, by which the report names its request.
-    """
-
-    over: int
-    on: date | None = None
-    source: str | None = None
-    took: Sequence[bool] | None = None
-    report: Mapping[str, Any] | None = None
-    valid_from: date | None = None
-    valid_until: date | None = None
-    instead_of: str | None = None
-    sequence: str | None = None
-    turn: int | None = None
-
-
-def account() -> str:
-    """The author where none is named."""
-    try:
-        return os.environ.get("KNOWPATCH_AUTHOR") or getpass.getuser()
-    except (OSError, KeyError, ImportError):  # an account without a name
-        return "unknown"
-
-
-def today() -> date:
-    return date.today()
 
 
 def folder_above(start: Path | None = None) -> Path | None:
@@ -165,15 +109,20 @@ class Workspace:
         """The edits that are live on a day, by default today, in order."""
         return self.history.live(on or today())
 
-    def patch(self, edit: Edit) -> Patch:
+    def patch(self, edit: Edit, *, signed: bool = True) -> Patch:
         """The patch of an edit, checked against what was recorded.
 
+        Args:
+            signed: refuse one without a signature, where the workspace demands one.
+
         Raises:
-            DataError: its file is missing or damaged; PatchError: of kinds or a format unknown
-            here, or without a signature where the workspace demands one.
+            DataError: its file is missing, damaged or not signed; PatchError: of a format unknown
+            here.
         """
         from knowpatch.patch import Patch
 
+        if signed:
+            check_signed(self.folder, edit, self.history.trusted)
         path = blobs.patch_path(self.folder, edit.id)
         blobs.content_of(path, edit.recorded["sha256"])
         return Patch.load(path)
@@ -217,6 +166,9 @@ class Workspace:
         *,
         note: Note | None = None,
         reverts: Sequence[Edit] = (),
+        ends: Mapping[str, str] | None = None,
+        check: Callable[[History], None] = lambda history: None,
+        signer: Signer | None = None,
     ) -> list[Edit]:
         """Keep patches, and record each as a live edit; all in one step.
 
@@ -226,51 +178,65 @@ class Workspace:
             made: the patches in order, with how each came about.
             note: who and why.
             reverts: edits that are taken back in the same step, which the new ones replace.
+            ends: ids of edits that are live for the last time on a day, with that day.
+            check: called with the newest history before anything is recorded; may raise.
+            signer: signs the patches.
 
         Raises:
             PatchError: one is live already, or made for another model than the earlier ones.
+            InputError: the workspace demands a signature, and the signer's key is not trusted.
         """
+        self.check_signer(signer)
         ready = [self._body(patch, circumstances) for patch, circumstances in made]
+        if signer is not None:
+            for body in ready:
+                signer.sign(self.folder, body["patch"], body["sha256"])
         facts = (note or Note()).facts()
-        replaced = [edit.id for edit in reverts]
+        replaced, last = [edit.id for edit in reverts], dict(ends or {})
         with self.writing() as bodies:
+            self.check_signer(signer)
+            check(self.history)
             for body in ready:
                 self.check_model(body["fingerprint"])
                 known = self.history.edits.get(body["patch"])
                 if known is not None and known.live and known.id not in replaced:
                     raise PatchError(f"edit {known.short} is live already: {known.says}")
                 again = {"kind": "apply", "applies": [body["patch"]]}
-                bodies.append({**(again if known else body), "reverts": replaced, **facts})
-                replaced = []
+                step = {"reverts": replaced, "ends": last, **facts}
+                bodies.append({**(again if known else body), **step})
+                replaced, last = [], {}
         return [self.history.edits[patch.id] for patch, _ in made]
 
     def _body(self, patch: Patch, given: Circumstances) -> dict[str, Any]:
         """An edit's event, its files written before it."""
         content = patch.to_bytes()
-        body: dict[str, Any] = {
+        return {
             "kind": "edit",
             "patch": patch.id,
             "sha256": blobs.put(blobs.patch_path(self.folder, patch.id), content),
             "bytes": len(content),
             "rank": patch.rank,
             "weights": sorted({delta.address.parameter for delta in patch.deltas}),
-            "traces": bool(patch.traces),
+            "parts": _kinds(patch),
             **patch.provenance.model_dump(mode="json"),
             "report": None if given.report is None else self._keep(given.report),
-            "took": None if given.took is None else list(given.took),
-            "over": given.over,
-            "source": given.source,
-            "instead_of": given.instead_of,
-            "sequence": given.sequence,
-            "turn": given.turn,
+            **given.facts(),
         }
-        days = {"on": given.on, "valid_from": given.valid_from, "valid_until": given.valid_until}
-        return body | {name: day and day.isoformat() for name, day in days.items()}
 
     def _keep(self, report: Mapping[str, Any]) -> str:
         content = json.dumps(report, ensure_ascii=False, allow_nan=False, sort_keys=True).encode()
         digest = hashlib.sha256(content).hexdigest()
         return blobs.put(blobs.report_path(self.folder, digest), content)
+
+    def check_signer(self, signer: Signer | None) -> None:
+        """InputError if the workspace demands a signature that this key cannot give."""
+        trusted = self.history.trusted
+        if trusted and (signer is None or signer.key not in trusted):
+            who = "no key was given" if signer is None else f"{signer.key[:16]} is not one of them"
+            raise InputError(
+                f"this workspace demands signatures by its {len(trusted)} trusted key(s), and "
+                f"{who}; sign with --sign FILE"
+            )
 
     def check_model(self, fingerprint: str) -> None:
         """PatchError if the workspace's edits are of a model with another fingerprint."""
@@ -287,14 +253,20 @@ class Workspace:
         applies: Sequence[Edit] = (),
         reverts: Sequence[Edit] = (),
         note: Note | None = None,
+        also: Callable[[History], Sequence[Edit]] = lambda history: (),
     ) -> None:
         """Make edits live again and take others back, in one step.
+
+        Args:
+            also: called with the newest history; gives what is to be taken back besides. May raise.
 
         Raises:
             OptionError: one is live already, or is not live.
         """
         with self.writing() as bodies:
+            reverts = [*reverts, *also(self.history)]
             for edit in applies:
+                check_signed(self.folder, edit, self.history.trusted)
                 if edit.live:
                     raise OptionError(f"edit {edit.short} is live already: {edit.says}")
             for edit in reverts:
@@ -305,6 +277,7 @@ class Workspace:
                     "kind": "apply" if applies else "revert",
                     "applies": [edit.id for edit in applies],
                     "reverts": [edit.id for edit in reverts],
+                    "ends": {},
                     **(note or Note()).facts(),
                 }
             )
@@ -323,11 +296,42 @@ class Workspace:
                 raise OptionError(f"the tag {name} is there already; choose another name")
             bodies.append({"kind": "tag", "name": name, "at": at, **(note or Note()).facts()})
 
+    def trust(self, keys: Sequence[str], *, note: Note | None = None) -> None:
+        """Demand that each live edit is signed by one of these public keys; by none, nothing.
+
+        Raises:
+            DataError: a live edit is not signed by any of them.
+        """
+        with self.writing() as bodies:
+            for edit in self.history.live():
+                check_signed(self.folder, edit, tuple(keys))
+            bodies.append({"kind": "trust", "keys": list(keys), **(note or Note()).facts()})
+
     # -- sweeping ----------------------------------------------------------------------------------
 
-    def known_files(self) -> set[str]:
-        """Names of the files that events name."""
-        edits = self.history.edits.values()
-        names = {blobs.patch_path(self.folder, edit.id).name for edit in edits}
-        digests = {edit.recorded["report"] for edit in edits} - {None}
-        return names | {blobs.report_path(self.folder, digest).name for digest in digests}
+    def sweep(self, *, age: float, remove: bool = True) -> list[tuple[Path, int]]:
+        """Remove the files that no event names and no one has touched for `age` seconds.
+
+        Returns:
+            What was removed (or would be), with its size in bytes.
+        """
+
+        def gone() -> list[tuple[Path, int]]:
+            edits = self.history.edits.values()
+            known = {stem for edit in edits for stem in blobs.stems(edit.recorded)}
+            return list(blobs.strays(self.folder, known, age=age))
+
+        if not remove:
+            return gone()
+        with self.writing():  # no event comes meanwhile
+            found = gone()
+            for path, _ in found:
+                with plain_storage_errors(path):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        return found
+
+
+def _kinds(patch: Patch) -> list[str]:
+    """What a patch holds beside weights: the kinds of its rule, procedure and wraps."""
+    parts = (patch.rule, patch.procedure, *patch.wraps)
+    return sorted({part.kind for part in parts if part is not None})

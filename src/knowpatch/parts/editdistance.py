@@ -1,33 +1,17 @@
 """How alike two questions are in their letters: Levenshtein distance of what is left of them.
 
-What is left is lower-cased, without slots in angle brackets, punctuation and words that every
-question has (MemPrompt, arXiv 2201.06009). The distance is a share of the longer of the two: short
-questions are not all alike. One row of the table is computed for all stored texts at once.
+What is left (words.py) is lower-cased, without slots in angle brackets, punctuation and words that
+every question has (MemPrompt, arXiv 2201.06009). The distance is a share of the longer of the two:
+short questions are not all alike. One row of the table is computed for all stored texts at once.
 Axes: N stored texts, L letters of the longest.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-
-COMMON = """
-a an and are as at be been by can could did do does for from had has have he her his how i in is it
-its may me might my of on one or our shall she should so that the their them there these they this
-those to was we were what when where which who whom whose why will with would you your
-"""
-
-
-def stripped(text: str) -> str:
-    """A question without what says nothing of it; as it is (lower-cased) if nothing is left."""
-    words = re.findall(r"\w+", re.sub(r"<[^<>]*>", " ", text.lower()))
-    return (
-        " ".join([word for word in words if word not in COMMON.split()] or words)
-        or text.lower().strip()
-    )
 
 
 def letters(texts: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -18,11 +18,11 @@ from pydantic import Field
 
 from knowpatch.method import register
 from knowpatch.models.view import ModelView
-from knowpatch.parts.editdistance import stripped
 from knowpatch.parts.factbook import newest
 from knowpatch.parts.gated import Gated, GatedConfig, Prepared
 from knowpatch.parts.prompting.retrieved import Gate, retrieved_rule
 from knowpatch.parts.prompting.worded import worded_rule
+from knowpatch.parts.words import stripped
 from knowpatch.patch import Patch
 from knowpatch.request import EditRequest
 

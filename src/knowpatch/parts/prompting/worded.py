@@ -14,10 +14,11 @@ from torch import Tensor
 
 from knowpatch.errors import PatchError
 from knowpatch.models.view import ModelView
-from knowpatch.parts.editdistance import letters, shares, stripped
+from knowpatch.parts.editdistance import letters, shares
 from knowpatch.parts.factbook import Fact, are_facts, fact_of, newest, statement
 from knowpatch.parts.prompting.facts import TEMPLATES, stated
 from knowpatch.parts.rules import Decided, Rendered, RuleKind, register
+from knowpatch.parts.words import stripped
 from knowpatch.patch import PromptRule
 from knowpatch.request import EditRequest
 
