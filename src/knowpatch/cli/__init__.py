@@ -27,6 +27,7 @@ from knowpatch.cli import (
     evaluate,
     forget,
     gc,
+    health,
     init,
     locate,
     log,
@@ -67,7 +68,7 @@ def _options(
     """Change what a language model knows, as measured, reversible, shippable patches."""
 
 
-WORKSPACE = (init, log, show, diff, apply, revert, replay, tag, verify, gc, sign, trust)
+WORKSPACE = (init, log, show, diff, apply, revert, replay, tag, verify, gc, sign, trust, health)
 for verb in (edit, ask, check, *WORKSPACE, forget, methods, prepare, save, evaluate):
     app.command(verb.__name__.rpartition(".")[2])(verb.run)
 data.app.command("make")(data_make.run)
