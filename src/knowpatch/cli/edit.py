@@ -262,6 +262,7 @@ def _measure(
     report: Progress,
 ) -> tuple[dict[str, Any], list[Effect]]:
     """What the patches did, as plain data and as effects."""
+    from knowpatch.checks.foresight import foresee
     from knowpatch.editing import room
     from knowpatch.effects import measure, took
     from knowpatch.probes import derive
@@ -281,6 +282,7 @@ def _measure(
         "took_each": results,
         "forgets": None in expected,
         "room": room(edited, method, patches),
+        "foresight": foresee(edited, patches).facts(),
         "seconds": {
             "prepare": round(spent.prepare, 3),
             "edit": round(spent.edit, 3),
@@ -305,11 +307,12 @@ def _show(
     result: dict[str, Any], effects: list[Effect], place: Keeper, guard: Guard | None
 ) -> None:
     """The report for a person."""
-    from knowpatch.cli.report import show_effects
+    from knowpatch.cli.report import show_effects, show_foresight
     from knowpatch.method import METHODS
 
     console = screen.out()
     show_effects(console, result, effects)
+    show_foresight(console, result["foresight"])
     if guard is not None:
         guard.show(console)
         if not guard.passed:

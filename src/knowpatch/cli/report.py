@@ -13,7 +13,7 @@ from knowpatch.data.case import NEIGHBOUR, REWRITE
 from knowpatch.effects import Effect, moved_by_kind
 from knowpatch.probes import CONTROL, OUGHT_TO_STAY, SUBJECT
 
-MOST_FIXES, MOST_MOVED = 12, 8
+MOST_FIXES, MOST_MOVED, MOST_SIZES = 12, 8, 3
 NAMES = {
     SUBJECT: "the same subject, asked otherwise",
     NEIGHBOUR: "the same prompt, other subjects",
@@ -96,3 +96,28 @@ def _moved(console: Console, effects: list[Effect]) -> None:
     if len(others) > MOST_MOVED:
         console.print(f"    ... and {len(others) - MOST_MOVED} more (--json has all)", style="dim")
     console.print()
+
+
+def show_foresight(console: Console, told: dict[str, Any]) -> None:
+    """Print what a change of weights may disturb besides, and how large it is."""
+    near = [("control", "", one) for one in told["controls"]]
+    near += [("edit", one["edit"][:12], one) for one in told["earlier"]]
+    if near:
+        console.print(
+            "[bold]What it may disturb[/] (how strongly the change acts at other keys; at its own: "
+            "1)"
+        )
+        table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 2))
+        for kind, name, one in near:
+            reach = f"{one['reach']:.2f}"
+            table.add_row(kind, reach, name, one_line(one["prompt"], 60))
+        console.print(table)
+        console.print()
+    sizes = sorted(told["sizes"], key=lambda one: -one["share"])
+    for one in sizes[:MOST_SIZES]:
+        total = f" (with earlier edits {100 * one['total']:.2g} %)"
+        total = total if abs(one["total"] - one["share"]) > 1e-6 * one["share"] else ""
+        share = f"{100 * one['share']:.2g} % of the norm of {escape(one['parameter'])}"
+        console.print(f"size    {share}{total}", soft_wrap=True)
+    if len(sizes) > MOST_SIZES:
+        console.print(f"        and of {len(sizes) - MOST_SIZES} more (--json has all)")
