@@ -6,11 +6,14 @@ import json
 import random
 
 import pytest
+import tiny
 import torch
 from shell import run as shell
 
 from knowpatch.data.source import load
+from knowpatch.edited import EditedModel
 from knowpatch.errors import DataError, OptionError, RequestError
+from knowpatch.locate.attribution import attribute as attribute_patching
 from knowpatch.locate.compare import (
     CHAIN,
     FACT,
@@ -23,7 +26,9 @@ from knowpatch.locate.compare import (
 )
 from knowpatch.locate.facts import Fact, _of_cases, read_facts
 from knowpatch.locate.locators import Locator, answer_of, located, locator
+from knowpatch.locate.noise import Noise
 from knowpatch.locate.overlap import combined, highest, overlap, pearson, ranks, rsim, spearman
+from knowpatch.locate.tracing import Tracing
 from knowpatch.parts.attribution import attribute
 
 FACTS = [
@@ -190,6 +195,31 @@ def test_blocks_are_scored_by_their_neurons(known, architecture):
     plain = [float(one.clamp(min=0).sum()) for one in read.scores.values()]
     assert scores.tolist() == pytest.approx(plain, rel=1e-5)
     assert answer_of(view, Fact(fact.prompt, fact.subject)) == token
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
+def test_blocks_are_scored_by_restorations_at_the_subject(known, architecture):
+    """The row of the whole map for the subject's last token, exact and by estimate."""
+    model = known(architecture)
+    view, fact, noise = model.view, FACTS[0], Noise.of(model.view)
+    whole = Tracing(view, fact, noise, kind="mlp").trace()
+    assert whole.high - whole.low > 0.05
+    last = whole.corruption.subject[1] - 1
+    exact, estimate = (
+        located(view, locator(name), [fact])[0] for name in ("tracing", "attribution")
+    )
+    assert torch.allclose(exact, whole.effects_TL[last], atol=1e-5)
+    plain = attribute_patching(view, fact, noise, kind="mlp").effects_TL[last]
+    assert torch.allclose(estimate, plain, atol=1e-5)
+
+
+def test_what_the_subject_has_little_to_do_with_is_not_located():
+    """A model that knows nothing has no effect to restore, and no scores."""
+    view = EditedModel.of(*tiny.fresh("llama")).view
+    gap = Tracing(view, FACTS[0], Noise.of(view), kind="mlp").runs
+    assert gap.high - gap.low < 0.05
+    assert located(view, locator("tracing"), FACTS[:1]) == [None]
+    assert located(view, locator("attribution"), FACTS[:1]) == [None]
 
 
 def test_what_was_located_is_kept(known):

@@ -17,14 +17,21 @@ from torch import Tensor
 
 from knowpatch.errors import OptionError, did_you_mean
 from knowpatch.files import kept_in, write_atomically
+from knowpatch.locate.attribution import attribute as patched
 from knowpatch.locate.facts import Fact
+from knowpatch.locate.noise import DRAWS, SCALE, Noise
+from knowpatch.locate.tracing import WINDOW, Tracing, window_of
 from knowpatch.models.passes import Ids
+from knowpatch.models.restorations import Kind, Put
 from knowpatch.models.view import ModelView
 from knowpatch.parts.attribution import attribute, blocks_with_neurons
 from knowpatch.parts.spans import continuation
 from knowpatch.progress import Progress, silent
 
 VERSION = 1
+MLP: Kind = "mlp"
+LEAST = 0.05
+"""What noise on the subject has to take from the answer's probability: else nothing is told."""
 POINTS = 5
 """Steps of the integrated gradients where a whole file is located: a quarter of the usual ones."""
 
@@ -36,14 +43,36 @@ class Locator:
     Attributes:
         name: as on the command line; about: what it scores blocks by.
         settings: what its scores depend on besides.
-        score: gives the scores (L) of a prompt and an answer's first token; None where the prompt
-            has too little to do with it to tell.
+        score: gives the scores (L) of a prompt and an answer's first token (tracing and attribution
+            patching look at the token that the model predicts); None where the subject has too
+            little to do with it to tell.
     """
 
     name: str
     about: str
     settings: Mapping[str, Any]
     score: Callable[[ModelView, Fact, Ids], Tensor | None]
+
+
+def by_attribution(view: ModelView, fact: Fact, answer: Ids) -> Tensor | None:
+    """Attribution patching of windows of MLPs at the subject's last token, in nats."""
+    found = patched(view, fact, Noise.of(view), kind=MLP)
+    if found.high - found.low < LEAST:
+        return None
+    return found.effects_TL[found.corruption.subject[1] - 1]
+
+
+def by_tracing(view: ModelView, fact: Fact, answer: Ids) -> Tensor | None:
+    """Exact indirect effects of windows of MLPs at the subject's last token."""
+    begun = Tracing(view, fact, Noise.of(view), kind=MLP)
+    if begun.runs.high - begun.runs.low < LEAST:
+        return None
+    last, layers = begun.runs.corruption.subject[1] - 1, len(begun.modules)
+    restorations = [
+        tuple(Put(begun.modules[i], last) for i in window_of(layer, WINDOW, layers))
+        for layer in range(layers)
+    ]
+    return begun.effects(restorations).mean(1)
 
 
 def by_neurons(view: ModelView, fact: Fact, answer: Ids) -> Tensor:
@@ -56,12 +85,25 @@ def by_neurons(view: ModelView, fact: Fact, answer: Ids) -> Tensor:
     return scores_L
 
 
+RESTORED = {"window": WINDOW, "least": LEAST, "scale": SCALE, "draws": DRAWS}
 LOCATORS = {
     one.name: one
     for one in (
         Locator(
+            "attribution",
+            "attribution patching of MLPs at the subject's last token",
+            RESTORED,
+            by_attribution,
+        ),
+        Locator(
+            "tracing",
+            "causal tracing of MLPs at the subject's last token",
+            RESTORED,
+            by_tracing,
+        ),
+        Locator(
             "neurons",
-            "integrated gradients of the MLPs' neurons, at the prompt's last token",
+            "integrated gradients of the MLPs' neurons at the prompt's last token",
             {"points": POINTS},
             by_neurons,
         ),

@@ -29,7 +29,9 @@ def run(
             help="Facts with subjects (.json, .jsonl), or a dataset: NAME or NAME:SPLIT."
         ),
     ],
-    by: Annotated[str, typer.Option(help="The locator.")] = "neurons",
+    by: Annotated[
+        str, typer.Option(help="The locator: attribution, tracing or neurons.")
+    ] = "attribution",
     limit: Annotated[int, typer.Option(min=1, help="Facts at most, from the beginning.")] = 40,
     all_: Annotated[
         bool, typer.Option("--all", help="Also facts that the model does not know.")

@@ -25,7 +25,9 @@ def run(
         int,
         typer.Option(min=2, max=30, help="Pilot facts to choose by; as many others to compare."),
     ] = 8,
-    by: Annotated[str, typer.Option(help="The locator whose curve is set beside it.")] = "neurons",
+    by: Annotated[
+        str, typer.Option(help="The locator whose curve is set beside it.")
+    ] = "attribution",
     settings: Settings = None,
     model: Model = None,
     seed: Seed = 0,
