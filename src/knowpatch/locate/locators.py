@@ -22,14 +22,13 @@ from knowpatch.locate.facts import Fact
 from knowpatch.locate.noise import DRAWS, SCALE, Noise
 from knowpatch.locate.tracing import WINDOW, Tracing, window_of
 from knowpatch.models.passes import Ids
-from knowpatch.models.restorations import Kind, Put
+from knowpatch.models.restorations import MLP, Put
 from knowpatch.models.view import ModelView
 from knowpatch.parts.attribution import attribute, blocks_with_neurons
 from knowpatch.parts.spans import continuation
 from knowpatch.progress import Progress, silent
 
 VERSION = 1
-MLP: Kind = "mlp"
 LEAST = 0.05
 """What noise on the subject has to take from the answer's probability: else nothing is told."""
 POINTS = 5
