@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
+import torch
 
 from knowpatch.edited import EditedModel
 
@@ -38,3 +40,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(path)
     tok.save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes folders with tiny models: folders("gpt2"), folders("llama", dtype=torch.bfloat16)."""
+    root = tmp_path_factory.mktemp("bases")
+    made: dict[Any, Path] = {}
+
+    def folder(architecture: str, *, dtype: torch.dtype = torch.float32, **how: Any) -> Path:
+        key = (architecture, dtype, *how.items())
+        if key not in made:
+            made[key] = root / f"{architecture}{len(made)}"
+            model, tok = tiny.trained(architecture)
+            model.to(dtype).save_pretrained(made[key], **how)
+            tok.save_pretrained(made[key])
+        return made[key]
+
+    return folder

@@ -24,6 +24,7 @@ from shell import FRANCE, TARGET, Result, files, run
 from knowpatch import editing
 from knowpatch.cli import main
 from knowpatch.edited import EditedModel
+from knowpatch.export.table import of_method
 from knowpatch.method import METHODS
 from knowpatch.models.fingerprint import tensor_digest
 
@@ -471,7 +472,7 @@ class Toy(EditMethod):
     summary = "shouts the first token of the target"
     choose = "never, except to try a plug-in"
     roles = ("mlp.out",)
-    exports = ("merged",)
+    exports = ("merged", "peft", "gguf", "gguf-lora")
     Config = ToyConfig
 
     def edit(self, view, requests, prepared, state):
@@ -667,6 +668,7 @@ def test_methods_tell_their_facts(tmp_path: Path) -> None:
             assert "\n" not in fact[key]
         for key in ("needs", "exports"):
             assert fact[key] == list(getattr(method, key))
+        assert fact["ships"] == of_method(method)
         assert isinstance(fact["batch"], bool)
         assert isinstance(fact["sequential"], bool)
         defaults = {option["name"]: option["default"] for option in fact["options"]}
@@ -687,49 +689,6 @@ def test_methods_for_a_person(tmp_path: Path) -> None:
             assert f"--set {option}" in shown
 
 
-# -- save ------------------------------------------------------------------------------------------
-
-
-def test_save_writes_a_folder_for_transformers(patch: Path, folder: Path, tmp_path: Path) -> None:
-    """transformers loads what `save` writes, and it answers as the edited model."""
-    result = run("save", "merged", "--patch", patch, "--model", folder, "--json", cwd=tmp_path)
-    assert result.code == 0
-    saved = tmp_path / "merged"
-    told = result.json()
-    assert told["folder"] == "merged"
-    assert told["bytes"] == sum(len(content) for content in files(saved).values())
-    assert list(tmp_path.iterdir()) == [saved]
-    model = hf.AutoModelForCausalLM.from_pretrained(saved)
-    tok = hf.AutoTokenizer.from_pretrained(saved)
-    ids = tok(FRANCE[1], return_tensors="pt")
-    new = model.generate(**ids, max_new_tokens=1, do_sample=False)[0, ids["input_ids"].shape[1] :]
-    assert tok.decode(new).strip() == TARGET
-    again = run("ask", FRANCE[1], "--model", saved, "--json", cwd=tmp_path)
-    assert again.json()["without"].startswith(TARGET)
-
-
-def test_save_changes_only_what_the_patch_changes(
-    patch: Path, folder: Path, tmp_path: Path
-) -> None:
-    """A saved model differs from the first in the patched tensor, by the patch, and no other."""
-    assert run("save", "merged", "--patch", patch, "--model", folder, cwd=tmp_path).code == 0
-    old = load_file(folder / "model.safetensors")
-    new = load_file(tmp_path / "merged" / "model.safetensors")
-    assert old.keys() == new.keys()
-    (changed,) = [name for name in old if not torch.equal(old[name], new[name])]
-    (delta,) = load_file(patch).values()
-    assert torch.equal(new[changed], old[changed] + delta)
-
-
-def test_save_into_an_empty_folder(patch: Path, folder: Path, tmp_path: Path) -> None:
-    """A folder that is there and empty may be saved to."""
-    (tmp_path / "merged").mkdir()
-    result = run("save", "merged", "--patch", patch, "--model", folder, cwd=tmp_path)
-    assert result.code == 0
-    assert "merged" in result.out
-    assert (tmp_path / "merged" / "config.json").is_file()
-
-
 # -- as a process ----------------------------------------------------------------------------------
 
 
@@ -742,7 +701,7 @@ def test_help_names_every_verb(tmp_path: Path) -> None:
     """The installed command answers --help with its verbs."""
     result = subprocess.run([command(), "--help"], capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0
-    assert all(verb in result.stdout for verb in ("edit", "ask", "methods", "save"))
+    assert all(verb in result.stdout for verb in ("edit", "ask", "methods", "export"))
     assert result.stderr == ""
 
 

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-import transformers as hf
 from safetensors.torch import load_file, save_file
 from shell import FRANCE, TARGET, Result, files, refuse, run
+
+from knowpatch.models.checkpoint import Checkpoint
 
 PROMPT = FRANCE[1]
 FACT = ("edit", PROMPT, "--target", TARGET)
@@ -101,8 +102,18 @@ ARGUMENTS = {
     "ask for no token": (("ask", PROMPT, "--max-new-tokens", "0"), ["--max-new-tokens", "1"]),
     "no such patch": (("ask", PROMPT, "--patch", "no.patch"), ["no.patch", "no such patch file"]),
     "patch is a folder": (("ask", PROMPT, "--patch", "."), ["folder without patches"]),
-    "save without folder": (("save",), ["DIR"]),
-    "save without patch": (("save", "merged"), ["--patch"]),
+    "export to nowhere": (("export",), ["--to", "--table"]),
+    "export without place": (("export", "--to", "merged"), ["--to", "2 arguments"]),
+    "export without patch": (("export", "--to", "merged", "out"), ["--patch"]),
+    "export to what is not known": (
+        ("export", "--to", "onnx", "out"),
+        ["'onnx'", "merged", "gguf"],
+    ),
+    "export with a foreign option": (
+        ("export", "--to", "merged", "out", "--rank", "3"),
+        ["--rank", "peft", "merged"],
+    ),
+    "export of no rank": (("export", "--to", "peft", "out", "--rank", "0"), ["--rank", "1"]),
     "methods with a flag": (("methods", "--all"), ["--all"]),
 }
 
@@ -400,11 +411,11 @@ def patches(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_patch_for_another_model(patches: Path, gpt2: Path, folder: Path, tmp_path: Path) -> None:
-    """A patch of another model is refused by ask and save, naming both fingerprints."""
+    """A patch of another model is refused by ask and export, naming both fingerprints."""
     from knowpatch.editing import load
 
     made_for, mine = (load(str(path)).view.fingerprint for path in (folder, gpt2))
-    for verb in (("ask", PROMPT), ("save", "merged")):
+    for verb in (("ask", PROMPT), ("export", "--to", "merged", "out")):
         patch = ("--patch", patches / "weights.patch")
         line = refuse(*verb, *patch, "--model", gpt2, cwd=tmp_path)
         assert made_for[:12] in line
@@ -441,21 +452,21 @@ def test_a_patch_twice(patches: Path, folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_rule_cannot_be_merged(patches: Path, folder: Path, tmp_path: Path) -> None:
-    """`save` refuses a prompt rule with the reason, alone and beside a patch that has weights."""
+    """`export` refuses a prompt rule with the reason, alone and beside a patch with weights."""
     rule, weights = (("--patch", patches / name) for name in ("rule.patch", "weights.patch"))
     for given in (rule, (*weights, *rule)):
-        line = refuse("save", "merged", *given, "--model", folder, cwd=tmp_path)
+        line = refuse("export", "--to", "merged", "out", *given, "--model", folder, cwd=tmp_path)
         assert "prompt rule" in line
-        assert "cannot be merged" in line
+        assert "cannot be shipped as merged" in line
 
 
-def test_save_into_what_is_there(patches: Path, folder: Path, tmp_path: Path) -> None:
-    """`save` refuses a folder with something in it, and a file."""
+def test_export_into_what_is_there(patches: Path, folder: Path, tmp_path: Path) -> None:
+    """`export` refuses a folder with something in it, and a file."""
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("x", encoding="utf-8")
     for name in ("full", "full/thesis.tex"):
         patch = ("--patch", patches / "weights.patch")
-        line = refuse("save", name, *patch, "--model", folder, cwd=tmp_path)
+        line = refuse("export", "--to", "merged", name, *patch, "--model", folder, cwd=tmp_path)
         assert line.startswith(f"{name}: exists")
 
 
@@ -521,24 +532,24 @@ def test_a_full_disk_keeps_the_old_patch(
 
 
 @pytest.mark.parametrize("ends", [_full, KeyboardInterrupt], ids=["disk full", "Ctrl-C"])
-def test_save_that_is_cut_off(
+def test_an_export_that_is_cut_off(
     ends: type[BaseException] | Callable[..., None],
     patches: Path,
     folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A `save` that ends early, by a full disk or Ctrl-C, leaves no half-written folder."""
+    """An export that ends early, by a full disk or Ctrl-C, leaves no half-written folder."""
 
-    def half(self: object, path: Path) -> None:
+    def half(self: object, path: Path, *more: object) -> None:
         (Path(path) / "model.safetensors").write_bytes(b"half")
         if isinstance(ends, type):
             raise ends
         ends()
 
-    monkeypatch.setattr(hf.PreTrainedModel, "save_pretrained", half)
+    monkeypatch.setattr(Checkpoint, "copy", half)
     patch = ("--patch", patches / "weights.patch")
-    line = refuse("save", "merged", *patch, "--model", folder, cwd=tmp_path)
+    line = refuse("export", "--to", "merged", "out", *patch, "--model", folder, cwd=tmp_path)
     assert "disk is full" in line or "interrupted" in line
     assert list(tmp_path.iterdir()) == []
 

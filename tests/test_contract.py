@@ -19,6 +19,8 @@ from knowpatch.ask import Ask
 from knowpatch.edited import EditedModel
 from knowpatch.editing import choose, edit, edit_each
 from knowpatch.errors import ModelError, Unscored
+from knowpatch.export.ship import ship
+from knowpatch.export.table import of_patch, without_loss
 from knowpatch.method import METHODS, Export
 from knowpatch.metrics.text import contains
 from knowpatch.parts.procedures import InForce
@@ -291,6 +293,26 @@ def test_save_and_load_is_identical(made, tmp_path, architecture, name):
             loaded = _score(model, FRANCE)
         with model.applied(patch):
             assert _score(model, FRANCE) == loaded
+
+
+@pytest.mark.parametrize(("architecture", "name"), EVERYWHERE)
+def test_a_method_declares_what_holds_its_patches(made, architecture, name):
+    """`exports` names the targets that hold a patch without loss, as its parts say."""
+    _, patch = made(architecture, name)
+    assert set(METHODS.get(name).exports) == without_loss(of_patch(patch))
+
+
+LOW_RANK = [pair for pair in EVERYWHERE if "peft" in METHODS.get(pair[1]).exports]
+
+
+@pytest.mark.parametrize(("architecture", "name"), LOW_RANK)
+@pytest.mark.filterwarnings("ignore")  # peft's, about what it does not find
+def test_a_low_rank_patch_is_an_adapter(made, tmp_path, architecture, name):
+    """Shipped as PEFT's adapter and loaded onto the base, no logit differs by 1e-4."""
+    model, patch = made(architecture, name)
+    parity = ship(model, [patch], "peft", tmp_path / "adapter").parity
+    assert max(parity.edits_difference, parity.controls_difference) < 1e-4
+    assert parity.after == parity.before
 
 
 @pytest.mark.parametrize("name", NAMES)

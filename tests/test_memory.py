@@ -787,20 +787,6 @@ def test_a_wrap_of_a_fused_map_is_for_the_whole_of_it(known):
                 model.hold(patch)
 
 
-def test_a_live_wrap_is_not_merged_into_a_folder(known, tmp_path):
-    """`save` says in one line that it cannot be merged and what to do; no folder is left."""
-    model = known("llama")
-    patch = _answering(model, TWO)
-    with model.applied(patch), pytest.raises(PatchError) as caught:
-        model.save(tmp_path / "merged")
-    said = str(caught.value)
-    assert len(said.splitlines()) == 1
-    assert patch.id[:12] in said
-    assert "cannot be merged; serve it with knowpatch instead" in said
-    assert not list(tmp_path.iterdir())
-    model.save(tmp_path / "merged")
-
-
 # -- the method ------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ from knowpatch.bench.scoring import Asked, Scorer
 from knowpatch.data.case import REWRITE, Case, Probe, accepted
 from knowpatch.effects import measure, took
 from knowpatch.errors import OptionError, PatchError, Unscored
+from knowpatch.export.ship import ship
 from knowpatch.metrics.catalogue import chosen
 from knowpatch.parts.procedures import Say
 from knowpatch.patch import Patch, Procedure
@@ -88,8 +89,8 @@ def test_many_are_answered_side_by_side(known, live, monkeypatch):
         assert model.ask(FRANCE.prompt) == "Paris Tokyo"
         with pytest.raises(OptionError, match="answers by a procedure"):
             model.generate(model.tokenizer("a", return_tensors="pt").input_ids)
-        with pytest.raises(PatchError, match="answers by a procedure and changes no weight"):
-            model.save("nowhere")
+        with pytest.raises(PatchError, match="answers by a procedure, which no weight can carry"):
+            ship(model, [patch], "merged", "nowhere")
         model.drop(patch.id)
     else:
         assert plain.result().text.strip() == "Paris"

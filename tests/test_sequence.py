@@ -151,12 +151,13 @@ def test_sequential_with_one_prompt_tells_the_room(folder, tmp_path):
     assert list(files(tmp_path)) == [f"here/{NAMES[0]}"]
 
 
-def test_a_folder_of_patches_is_asked_and_saved(told, folder, tmp_path):
-    """`ask --patch DIR` and `save --patch DIR` take all patches of the folder, in order."""
+def test_a_folder_of_patches_is_asked_and_shipped(told, folder, tmp_path):
+    """`ask --patch DIR` and `export --patch DIR` take all patches of the folder, in order."""
     ids = [patch["id"] for patch in told[0].json()["patches"]]
     more = ("--patch", told[1] / "patches", "--model", folder, "--json")
     assert run("ask", FRANCE.prompt, *more, cwd=tmp_path).json()["patches"] == ids
-    assert run("save", "merged", *more, cwd=tmp_path).json()["patches"] == ids
+    shipped = run("export", "--to", "merged", "merged", *more, cwd=tmp_path).json()
+    assert shipped["patches"] == ids
     assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 
@@ -167,7 +168,7 @@ def test_what_is_refused_before_loading(tmp_path):
     none = ("--model", "no-such-model")
     line = refuse(*ONE, "--sequential", "--out", "fix.safetensors", *none, cwd=tmp_path)
     assert line.startswith("fix.safetensors: is a file")
-    for command in (("ask", FRANCE.prompt), ("save", "merged")):
+    for command in (("ask", FRANCE.prompt), ("export", "--to", "merged", "out")):
         line = refuse(*command, "--patch", "empty", *none, cwd=tmp_path)
         assert line.startswith("empty: a folder without patches")
 

@@ -23,6 +23,7 @@ _WHERE = {
     "METHODS": "method",
     "register": "method",
     "read_requests": "request",
+    "ship": "export.ship",
 }
 
 __all__ = sorted([*_WHERE, "__version__"])
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from knowpatch.editing import edit as edit
     from knowpatch.editing import load as load
     from knowpatch.errors import KnowpatchError as KnowpatchError
+    from knowpatch.export.ship import ship as ship
     from knowpatch.method import METHODS as METHODS
     from knowpatch.method import EditMethod as EditMethod
     from knowpatch.method import MethodConfig as MethodConfig

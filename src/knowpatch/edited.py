@@ -14,29 +14,26 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from knowpatch.deltas import WeightDelta, is_finite
+from knowpatch.deltas import WeightDelta
 from knowpatch.errors import OptionError, PatchError
-from knowpatch.files import replacing
-from knowpatch.fits import beyond_weights, canonical_names, check_fits
+from knowpatch.fits import canonical_names, check_fits
+from knowpatch.folding import folded, touched
 from knowpatch.held import Carried, one_of, resolved
 from knowpatch.models import load as load_model
 from knowpatch.models.batch import last_columns
 from knowpatch.models.beside import check_beside, repeats, session_of
 from knowpatch.models.beside import session as beside_session
 from knowpatch.models.fingerprint import tensor_digest
-from knowpatch.models.gguf import quiet_transformers
 from knowpatch.models.passes import Second
 from knowpatch.models.view import ModelView
 from knowpatch.parts.rules import read
 from knowpatch.parts.spans import Encoded
 from knowpatch.patch import Patch
-from knowpatch.progress import Progress, silent
 
 
 class EditedModel:
@@ -228,7 +225,7 @@ class EditedModel:
                     "carry the patch in a session, or load the model in float32 or bfloat16"
                 )
             grown = {
-                name: self._fold(self._current(name), [patch], name)
+                name: folded(self._current(name), [patch], name, self._canonical)
                 for name in self._touched(patch)
             }
             for name, wide in grown.items():
@@ -251,25 +248,25 @@ class EditedModel:
             for name in self._touched(*gone):
                 rest = [patch for patch in self._live if name in self._touched(patch)]
                 if rest:
-                    self._write(name, self._fold(self._base[name].float(), rest, name))
+                    self._write(name, folded(self._base[name], rest, name, self._canonical))
                 else:
                     self._store(name, self._base[name])
                     del self._base[name]
                     self._wide.pop(name, None)
 
     @contextlib.contextmanager
-    def applied(self, *patches: Patch) -> Iterator[EditedModel]:
-        """`patches` live within the block, and taken back after it.
+    def applied(self, *patches: Patch, tied: Sequence[str] = ()) -> Iterator[EditedModel]:
+        """`patches` live within the block, and taken back after it; `tied` as in `apply`.
 
         On quantised weights, which cannot be rewritten, they are carried beside instead.
         """
-        with self.growing() as add:
+        with self.growing(tied=tied) as add:
             for patch in patches:
                 add(patch)
             yield self
 
     @contextlib.contextmanager
-    def growing(self) -> Iterator[Callable[[Patch], None]]:
+    def growing(self, *, tied: Sequence[str] = ()) -> Iterator[Callable[[Patch], None]]:
         """A function that puts patches on top of the live ones, until the block ends."""
         done: list[str] = []
         with contextlib.ExitStack() as beside:
@@ -278,7 +275,7 @@ class EditedModel:
                 if self.view.quantised:
                     beside.enter_context(self.session([[*self.carried(), patch]]))
                 else:
-                    self.apply(patch)
+                    self.apply(patch, tied=tied)
                     done.append(patch.id)
 
             try:
@@ -290,27 +287,6 @@ class EditedModel:
         """Compute as if `deltas` had been applied, without writing a weight."""
         return self.view.trying(deltas)
 
-    def save(self, folder: str | Path, *, progress: Progress = silent) -> Path:
-        """Write the model with its live weight changes as a folder that transformers loads.
-
-        Written beside and renamed, so that no half-written folder is ever left.
-
-        Raises:
-            PatchError: a live patch holds a prompt rule or a wrap, which weights cannot carry.
-        """
-        for patch in self._live:
-            if what := beyond_weights(patch):
-                raise PatchError(
-                    f"patch {patch.id[:12]} ({patch.provenance.method}) {what} and changes no "
-                    "weight: it cannot be merged; serve it with knowpatch instead"
-                )
-        folder = Path(folder)
-        progress(f"writing {folder.name}", 0, 1)
-        with replacing(folder, folder=True) as temporary, quiet_transformers():
-            self.view.model.save_pretrained(temporary)
-            self.view.tokenizer.save_pretrained(temporary)
-        return folder
-
     def digests(self, *patches: Patch) -> dict[str, str]:
         """The hashes of the tensors that patches touch, as they stand now."""
         return {name: tensor_digest(self.view.values(name)) for name in self._touched(*patches)}
@@ -318,22 +294,11 @@ class EditedModel:
     # -- the fold ----------------------------------------------------------------------------------
 
     def _touched(self, *patches: Patch) -> list[str]:
-        names = (self._canonical[d.address.parameter] for patch in patches for d in patch.deltas)
-        return list(dict.fromkeys(names))
+        return touched(patches, self._canonical)
 
     def _current(self, name: str) -> Tensor:
         """The fold so far, float32."""
         return self._wide.get(name, self.view.parameter(name).detach()).float()
-
-    def _fold(self, start: Tensor, patches: Sequence[Patch], name: str) -> Tensor:
-        wide = start
-        for patch in patches:
-            for delta in patch.deltas:
-                if self._canonical[delta.address.parameter] == name:
-                    wide = delta.added_to(wide)
-        if not is_finite(wide):
-            raise PatchError(f"applying the patch would make {name} not finite")
-        return wide
 
     def _write(self, name: str, wide: Tensor) -> None:
         parameter = self.view.parameter(name)

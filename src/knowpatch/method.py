@@ -28,7 +28,7 @@ from knowpatch.registry import Registry
 from knowpatch.request import EditRequest
 
 Family = Literal["external", "merged", "intrinsic"]
-Export = Literal["merged", "lora", "gguf", "context"]
+Export = Literal["merged", "peft", "gguf", "gguf-lora"]
 
 
 class MethodConfig(BaseModel):
@@ -87,7 +87,8 @@ class EditMethod(ABC):
         roles: linear maps that the model must have (with the default options).
         batch: whether one call may take several requests.
         sequential: whether edits may follow each other.
-        exports: what its patches can be shipped as, beyond the patch file.
+        exports: what holds its patches without loss, beyond the patch file: merged and gguf where
+            they change weights only, peft and gguf-lora as well where the changes have a low rank.
         Config: its options.
         presets: options that were published for a model, by its name; given options go before.
     """

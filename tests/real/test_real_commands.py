@@ -20,6 +20,7 @@ README = Path(__file__).parents[2] / "README.md"
 EDIT = ["edit", "The capital of Australia is", "--subject", "Australia", "--target", "Canberra"]
 
 
+FIX = ["--patch", "fix.safetensors"]
 PROGRAM = "from knowpatch.cli import main; main()"
 # What the system tells of children counts what they inherit from this process, too.
 MEASURED = f"""
@@ -92,10 +93,12 @@ def test_ask_without_and_with(fix):
     assert answers["with"].startswith("Canberra")
 
 
-def test_save_makes_a_folder_that_transformers_loads(fix):
+def test_export_makes_a_folder_that_transformers_loads(fix):
     """The merged folder answers as the patched model does; all other tensors are the base's."""
     folder, _ = fix
-    _knowpatch("save", "merged", "--patch", "fix.safetensors", cwd=folder)
+    told = json.loads(_knowpatch("export", *FIX, "--to", "merged", "merged", "--json", cwd=folder))
+    assert told["parity"]["exact"] is True
+    assert told["parity"]["lost"] == []
     tokenizer = AutoTokenizer.from_pretrained(folder / "merged")
     model = AutoModelForCausalLM.from_pretrained(folder / "merged")
     tokens = tokenizer(EDIT[1], return_tensors="pt")

@@ -25,6 +25,7 @@ from knowpatch.cli import (
     diff,
     edit,
     evaluate,
+    export,
     forget,
     gc,
     health,
@@ -35,7 +36,6 @@ from knowpatch.cli import (
     prepare,
     replay,
     revert,
-    save,
     show,
     sign,
     tag,
@@ -69,7 +69,7 @@ def _options(
 
 
 WORKSPACE = (init, log, show, diff, apply, revert, replay, tag, verify, gc, sign, trust, health)
-for verb in (edit, ask, check, *WORKSPACE, forget, methods, prepare, save, evaluate):
+for verb in (edit, ask, check, export, *WORKSPACE, forget, methods, prepare, evaluate):
     app.command(verb.__name__.rpartition(".")[2])(verb.run)
 data.app.command("make")(data_make.run)
 app.add_typer(bench.app, name="bench")

@@ -9,11 +9,19 @@ import typer
 from rich.markup import escape
 
 from knowpatch.cli import screen
-from knowpatch.cli.options import Day, Device, Dtype, Json, Model, Patches, day_of, read_patches
+from knowpatch.cli.options import (
+    Day,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Patches,
+    day_of,
+    read_patches,
+    workspace_for,
+)
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from knowpatch.edited import EditedModel
     from knowpatch.ledger import Workspace
     from knowpatch.models.sites import Firing
@@ -47,7 +55,7 @@ def run(
         prompt.encode()
     except UnicodeEncodeError:
         raise InputError("the prompt is not text in UTF-8; give it in UTF-8") from None
-    given, workspace = read_patches(patch), _workspace(patch, on)
+    given, workspace = read_patches(patch), workspace_for(patch, on)
     name = workspace.model if workspace is not None and model is None else model
     with screen.reporting() as report:
         edited = load(name, device=device, dtype=dtype, progress=report)
@@ -76,19 +84,6 @@ def run(
         screen.print_json(facts)
         return
     _show(facts)
-
-
-def _workspace(patch: list[Path] | None, on: str | None) -> Workspace | None:
-    """The workspace whose live edits answer; None where patches are named, or there is none."""
-    from knowpatch.errors import OptionError
-    from knowpatch.ledger import NOWHERE, Workspace
-
-    if patch and on:
-        raise OptionError("give either --patch or --on: a patch file has no dates")
-    workspace = None if patch else Workspace.above()
-    if on and workspace is None:
-        raise OptionError(f"--on needs a workspace: {NOWHERE}")
-    return workspace
 
 
 def _standing(workspace: Workspace, edited: EditedModel, on: str | None) -> list[Patch]:

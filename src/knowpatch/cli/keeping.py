@@ -108,7 +108,7 @@ class InFiles:
         place = Path(patches[0]["file"])
         rest = f"--patch {shlex.quote(str(place if len(patches) == 1 else place.parent))}"
         rest += "" if self.model is None else f" --model {shlex.quote(self.model)}"
-        saves = [f"knowpatch save DIR {rest}"] if merges else []
+        saves = [f"knowpatch export --to merged DIR {rest}"] if merges else []
         return [f"knowpatch ask PROMPT {rest}", *saves]
 
 

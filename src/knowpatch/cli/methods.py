@@ -27,7 +27,7 @@ def run(names: Names = None, as_json: Json = False) -> None:
         console.print(
             f"    needs: {', '.join(['prompt', 'target', *fact['needs']])}"
             f"; {', '.join(yes) or 'one at a time'}"
-            f"; ships as: {', '.join(['patch', *fact['exports']])}"
+            f"; ships as: {', '.join(['patch', *_ways(fact['ships'])])}"
         )
         if fact["presets"]:
             console.print(f"    presets: {', '.join(fact['presets'])}")
@@ -38,6 +38,16 @@ def run(names: Names = None, as_json: Json = False) -> None:
         console.print()
 
 
+def _ways(ships: dict[str, str]) -> list[str]:
+    """The targets that a method's patches go to, with how where that is not whole."""
+    whole = ("exact", "rounded")
+    return [
+        target if how in whole else f"{target} ({how})"
+        for target, how in ships.items()
+        if how != "no"
+    ]
+
+
 def _names() -> list[str]:
     from knowpatch.method import METHODS
 
@@ -46,6 +56,7 @@ def _names() -> list[str]:
 
 def describe(name: str) -> dict[str, Any]:
     """The facts of one method as plain data, options with their defaults included."""
+    from knowpatch.export.table import of_method
     from knowpatch.method import METHODS
 
     method = METHODS.get(name)
@@ -59,6 +70,7 @@ def describe(name: str) -> dict[str, Any]:
         "batch": method.batch,
         "sequential": method.sequential,
         "exports": list(method.exports),
+        "ships": of_method(method),
         "presets": list(method.presets),
         "options": [
             {"name": name, "default": field.default, "description": field.description or ""}

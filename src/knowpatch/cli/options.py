@@ -11,7 +11,7 @@ import typer
 if TYPE_CHECKING:
     from datetime import date
 
-    from knowpatch.ledger import Note
+    from knowpatch.ledger import Note, Workspace
     from knowpatch.ledger.signing import Signer
     from knowpatch.patch import Patch
 
@@ -78,6 +78,19 @@ def day_of(text: str | None, option: str) -> date | None:
         return date.fromisoformat(text)
     except ValueError:
         raise InputError(f"{option} {text!r} is no day; give it as YYYY-MM-DD") from None
+
+
+def workspace_for(patch: list[Path] | None, on: str | None) -> Workspace | None:
+    """The workspace whose live edits are meant; None where patches are named, or there is none."""
+    from knowpatch.errors import OptionError
+    from knowpatch.ledger import NOWHERE, Workspace
+
+    if patch and on:
+        raise OptionError("give either --patch or --on: a patch file has no dates")
+    workspace = None if patch else Workspace.above()
+    if on and workspace is None:
+        raise OptionError(f"--on needs a workspace: {NOWHERE}")
+    return workspace
 
 
 def read_patches(paths: list[Path] | None) -> list[Patch]:

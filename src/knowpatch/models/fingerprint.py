@@ -41,11 +41,13 @@ class Identity:
         fingerprint: 64 hexadecimal digits over tensors, config and tokenizer.
         digests: hash of each stored tensor by name.
         folder: the checkpoint, or None for a model that was made in memory.
+        origin: what was loaded: a hub id, a folder, or the GGUF file that `folder` was made from.
     """
 
     fingerprint: str
     digests: Mapping[str, str]
     folder: Path | None = None
+    origin: str = ""
 
     def stored_digest(self, name: str) -> str:
         """The hash of one stored tensor, read anew where there is a checkpoint; "" if unknown."""

@@ -39,7 +39,8 @@ def convert(file: Path, progress: Progress = silent) -> Path:
         return folder
     stage = f"converting {file.name}, once"
     progress(stage, 0, 3)
-    tokenizer, model = _read(file, progress, stage)
+    tokenizer, loaded = read(file, progress, stage)
+    model = _plain(loaded)
     progress(stage, 2, 3)
     try:
         with replacing(folder, folder=True) as temporary, quiet_transformers():
@@ -53,7 +54,14 @@ def convert(file: Path, progress: Progress = silent) -> Path:
     return folder
 
 
-def _read(file: Path, progress: Progress, stage: str) -> tuple[Any, Any]:
+def read(file: Path, progress: Progress = silent, stage: str = "reading") -> tuple[Any, Any]:
+    """A GGUF file's tokenizer and model, float32, as transformers reads them; errors as `convert`.
+
+    Args:
+        file: the file.
+        progress: told after the tokenizer, which is the first of three steps.
+        stage: what it is told.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where: dict[str, Any] = {"gguf_file": file.name}
@@ -61,21 +69,28 @@ def _read(file: Path, progress: Progress, stage: str) -> tuple[Any, Any]:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **where)
             progress(stage, 1, 3)
-            read = AutoModelForCausalLM.from_pretrained(
+            model = AutoModelForCausalLM.from_pretrained(
                 str(file.parent), dtype=torch.float32, **where
             )
     except (MemoryError, KeyboardInterrupt):
         raise
     except Exception as error:  # a damaged file fails anywhere in a third-party reader
         raise ModelError(f"{file}: cannot be read as a GGUF model ({error})") from None
-    config = read.config
+    return tokenizer, model
+
+
+def _plain(loaded: Any) -> Any:
+    """The same model as one that can be saved."""
+    from transformers import AutoModelForCausalLM
+
+    config = loaded.config
     del config.quantization_config
     with torch.device("meta"):
         plain = AutoModelForCausalLM.from_config(config)
-    plain.load_state_dict(read.state_dict(), assign=True, strict=False)
+    plain.load_state_dict(loaded.state_dict(), assign=True, strict=False)
     plain.tie_weights()
-    plain.generation_config = read.generation_config
-    return tokenizer, plain
+    plain.generation_config = loaded.generation_config
+    return plain
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ def load(
         identity = fingerprint.of_folder(folder)
     else:
         identity = fingerprint.of_model(model, tokenizer)
+    identity = replace(identity, origin=origin.name)
     form = quant.EIGHT if dtype == quant.EIGHT else ""
     view = ModelView(model, tokenizer, identity, source=source_name(origin), form=form)
     check_finite(view)

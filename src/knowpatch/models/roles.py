@@ -308,3 +308,12 @@ def _fused_sizes(attention: nn.Module, name: str, fused: nn.Module) -> dict[str,
         return {}
     rest = (whole - queries) // 2
     return {"attn.q": queries, "attn.k": rest, "attn.v": rest}
+
+
+def linear_of(model: nn.Module, parameter: str) -> LinearRole | None:
+    """The linear map whose whole weight `parameter` is; None where it is something else."""
+    path, _, name = parameter.rpartition(".")
+    module = model.get_submodule(path)
+    if name != "weight" or not isinstance(module, nn.Linear | Conv1D):
+        return None
+    return LinearRole(path, Address(parameter=parameter), isinstance(module, Conv1D))

@@ -55,7 +55,7 @@ class Adapted(Tuned):
     """Trains low-rank changes of maps of some blocks."""
 
     family = "merged"
-    exports = ("merged", "lora", "gguf")
+    exports = ("merged", "peft", "gguf", "gguf-lora")
     depths: ClassVar[tuple[float, float]]
     """The first and the last block by default, as shares of the depth."""
 

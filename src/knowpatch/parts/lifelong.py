@@ -115,7 +115,7 @@ class Lifelong(EditMethod):
     """A method that normalises token gradients by all it has seen."""
 
     family = "intrinsic"
-    exports = ("merged", "lora", "gguf")
+    exports = ("merged", "peft", "gguf", "gguf-lora")
     Config: ClassVar[type[LifelongConfig]] = LifelongConfig
     root: ClassVar[bool] = False
     """Whether the gradients' covariance is kept, too."""

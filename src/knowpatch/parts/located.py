@@ -67,7 +67,7 @@ class Located(Valued):
     """A method that writes facts into the MLP output map of some blocks."""
 
     family = "intrinsic"
-    exports = ("merged", "lora", "gguf")
+    exports = ("merged", "peft", "gguf", "gguf-lora")
     Config: ClassVar[type[LocatedConfig]] = LocatedConfig
 
     # -- statistics --------------------------------------------------------------------------------

@@ -51,7 +51,6 @@ class GraphWalk(EditMethod):
     summary = "edits are a graph; a question is walked over it, the model asked where no edge is"
     choose = "questions that need a chain of edited facts, whatever the model"
     needs = ("subject",)
-    exports = ("context",)
     Config = GraphWalkConfig
 
     def edit(

@@ -43,7 +43,6 @@ class Ice(Gated):
     paper = "Cohen et al. 2023, arXiv 2307.12976"
     summary = "puts the fact in front of every question; no weight changes"
     choose = "to try a fact at once, or where weights cannot be touched"
-    exports = ("context",)
     Config = IceConfig
 
     @property

@@ -72,7 +72,6 @@ class Ike(Gated):
     paper = "Zheng et al. 2023, arXiv 2305.12740"
     summary = "puts worked examples of edits and the fact in front of a question"
     choose = "where weights cannot be touched and the model follows examples better than orders"
-    exports = ("context",)
     Config = IkeConfig
 
     def prepare(self, view: ModelView) -> Ready:

@@ -40,7 +40,6 @@ class Mello(Gated):
     paper = "Zhong et al. 2023, arXiv 2305.14795"
     summary = "the model takes a question apart; each sub-answer is checked against a fact memory"
     choose = "questions that need a chain of edited facts, on a model that follows examples"
-    exports = ("context",)
     Config = MelloConfig
 
     def edit(

@@ -52,7 +52,6 @@ class MemPrompt(Gated):
     paper = "Madaan et al. 2022, arXiv 2201.06009"
     summary = "a table of questions with facts; the nearest question's fact is put in front"
     choose = "questions that come again in almost the same words; nothing to prepare"
-    exports = ("context",)
     Config = MemPromptConfig
 
     @property

@@ -37,7 +37,6 @@ class Pokemqa(Gated):
     paper = "Gu et al. 2023, arXiv 2312.15194"
     summary = "the model takes a question apart; a scope test says which parts a fact answers"
     choose = "as mello, where the model takes questions apart well and checks them badly"
-    exports = ("context",)
     Config = PokemqaConfig
 
     def edit(

@@ -45,7 +45,6 @@ class Scr(Gated):
     paper = "He et al. 2025, arXiv 2503.05212"
     summary = "a memory of facts; one is put before a question that it is found to be about"
     choose = "thousands of facts that change often, with no side effects; questions cost a search"
-    exports = ("context",)
     Config = ScrConfig
 
     def edit(

@@ -142,7 +142,7 @@ class Kn(EditMethod):
     summary = "finds the neurons behind an answer, and rewrites, erases or scales their value slots"
     choose = "to see and change single neurons; as an edit it is weaker than the located ones"
     roles = (ROLE,)
-    exports = ("merged", "lora", "gguf")
+    exports = ("merged", "peft", "gguf", "gguf-lora")
     Config = KnConfig
     presets = dict.fromkeys(
         ("gpt2-xl", "gpt-j-6b", "llama-2-7b", "qwen2.5-7b", "mistral-7b"), PUBLISHED
