@@ -157,6 +157,18 @@ def test_another_question_does_not(australia, prompt, subject):
     assert met(workspace, prompt, subject=subject) == []
 
 
+def test_where_and_when_are_two_questions(tmp_path: Path):
+    """Though all their other words are the same; who and whom are one."""
+    workspace = Workspace.create(tmp_path)
+    fact = {"prompt": "Where was Anna born?", "subject": "Anna"}
+    edit = record(workspace, patch(1, **fact))
+    assert met(workspace, "When was Anna born?", subject="Anna") == []
+    assert met(workspace, "Anna was born where?", subject="Anna") == [edit]
+    assert met(workspace, "Anna was born in", subject="Anna") == [edit]
+    other = record(workspace, patch(2, prompt="Who is the mother of Anna?", subject="Anna"))
+    assert met(workspace, "The mother of Anna is whom?", subject="Anna") == [other]
+
+
 def test_what_is_not_live_or_on_other_days_does_not_meet(australia):
     """A reverted edit, and one whose days are over before the new one's begin."""
     workspace, edit = australia

@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
-from knowpatch.errors import OptionError
+from knowpatch.errors import OptionError, PatchError
 from knowpatch.method import METHODS
+from knowpatch.parts.rules import RULES
 
 
 def test_names_are_known_without_importing(monkeypatch, tmp_path):
@@ -36,3 +37,14 @@ def test_a_file_that_fails_is_one_line(monkeypatch, tmp_path):
     with pytest.raises(OptionError, match="registers no method of that name"):
         METHODS.get("forgets")
     sys.modules.pop("knowpatch_plugin_forgets", None)
+
+
+def test_a_kind_that_was_found_is_not_searched_for_again(monkeypatch):
+    """Wraps ask for their kinds at every pass; unknown versions are refused all the same."""
+    kind = RULES.get(RULES.names()[0]).kind
+    found = RULES.versioned(kind)
+    monkeypatch.setattr(RULES, "_loaders", lambda: pytest.fail("searched again"))
+    assert RULES.versioned(kind) is found
+    monkeypatch.undo()
+    with pytest.raises(PatchError, match="this version of knowpatch knows"):
+        RULES.versioned(f"{kind}9")

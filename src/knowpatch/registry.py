@@ -76,7 +76,9 @@ class Registry(Generic[T]):
             PatchError: none is, in one line with those that are.
         """
         name = kind.partition("@")[0]
-        found = self.get(name) if name in self.names() else None
+        found = self._found.get(name)  # asked at every pass: the folders are not searched again
+        if found is None and name in self.names():
+            found = self.get(name)
         if found is None or getattr(found, "kind", None) != kind:
             known = ", ".join(str(getattr(self.get(each), "kind", each)) for each in self.names())
             raise PatchError(

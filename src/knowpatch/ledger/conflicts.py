@@ -2,7 +2,8 @@
 
 Two facts speak of the same if their prompts have the same words, in any order and without those
 that every question has; or if they are about the same subject, and what is left of their prompts
-without it differs in at most a quarter of its letters. They need not contradict each other: the
+without it differs in at most a quarter of its letters; unless one asks where and the other when.
+They need not contradict each other: the
 second would be made on top of the first, and one of the two is not needed. Facts on different days
 do not meet. What edits do to each other inside the model is `ledger/collisions.py`.
 """
@@ -19,6 +20,9 @@ from knowpatch.parts.words import distance, stripped
 
 ALIKE = 0.25
 """Letters, as a share of the longer text, that two wordings of one question differ in at most."""
+ASKS = {"who": "who", "whom": "who", "whose": "who"}
+ASKS |= {word: word for word in ("when", "where", "why", "how")}
+"""Words that every question has, and that tell two questions apart all the same."""
 Fact = Mapping[str, Any]
 Period = tuple[str | None, str | None]
 
@@ -68,7 +72,7 @@ def conflicts(
         about = by_subject.get(_subject(new), ())
         near += [("asks the same as", edit, fact) for edit, fact in about if _alike(new, fact)]
         for why, edit, fact in near:
-            if not _other_way(new, fact, chat, edit):
+            if _same_question(new, fact) and not _other_way(new, fact, chat, edit):
                 found.setdefault(edit.id, Conflict(edit, new["prompt"], why))
     return list(found.values())
 
@@ -95,6 +99,16 @@ def _alike(new: Fact, old: Fact) -> bool:
 
 def _without_subject(fact: Fact) -> str:
     return re.sub("['’]s\\b", " ", fact["prompt"].replace(fact["subject"], " "))
+
+
+def _same_question(new: Fact, old: Fact) -> bool:
+    """Whether two prompts may ask the same: not where and when."""
+    one, other = (_asks(fact["prompt"]) for fact in (new, old))
+    return not one or not other or bool(one & other)
+
+
+def _asks(prompt: str) -> set[str]:
+    return {ASKS[word] for word in re.findall(r"\w+", prompt.casefold()) if word in ASKS}
 
 
 def _other_way(new: Fact, old: Fact, chat: bool, edit: Edit) -> bool:
