@@ -36,6 +36,7 @@ from knowpatch.cli import (
     prepare,
     replay,
     revert,
+    scan,
     show,
     sign,
     tag,
@@ -69,7 +70,7 @@ def _options(
 
 
 WORKSPACE = (init, log, show, diff, apply, revert, replay, tag, verify, gc, sign, trust, health)
-for verb in (edit, ask, check, export, *WORKSPACE, forget, methods, prepare, evaluate):
+for verb in (edit, ask, check, export, *WORKSPACE, forget, methods, prepare, scan, evaluate):
     app.command(verb.__name__.rpartition(".")[2])(verb.run)
 data.app.command("make")(data_make.run)
 app.add_typer(bench.app, name="bench")

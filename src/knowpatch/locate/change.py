@@ -69,10 +69,24 @@ def changed(view: ModelView, patch: Patch) -> Iterator[Changed]:
         whole = torch.zeros_like(stored)
         for delta in mine:
             whole = delta.added_to(whole)
-        for layer, role, linear in places.get(name, [(None, None, None)]):
-            found = _matrix(name, layer, role, linear, whole, stored, mine)
-            if found.change_DI.any():
-                yield found
+        yield from matrices(view, name, whole, stored, mine)
+
+
+def matrices(
+    view: ModelView, name: str, change: Tensor, stored: Tensor, deltas: Sequence[WeightDelta] = ()
+) -> Iterator[Changed]:
+    """The maps that a parameter holds, those that change.
+
+    Args:
+        view: the model.
+        name: the parameter.
+        change, stored: its change and what it was, as it is stored.
+        deltas: what the change is made of, if that is known.
+    """
+    for layer, role, linear in _places(view).get(name, [(None, None, None)]):
+        found = _matrix(name, layer, role, linear, change, stored, deltas)
+        if found.change_DI.any():
+            yield found
 
 
 def _places(view: ModelView) -> dict[str, list[tuple[int, str, LinearRole]]]:
@@ -103,7 +117,8 @@ def _matrix(
 def _factors(linear: LinearRole, deltas: Sequence[WeightDelta]) -> tuple[Tensor, Tensor] | None:
     """The change in factors (D, K) and (K, I), if all of it is of low rank and of this map."""
     low = [delta.change for delta in deltas if isinstance(delta.change, LowRank)]
-    if len(low) < len(deltas) or any(delta.address != linear.address for delta in deltas):
+    elsewhere = any(delta.address != linear.address for delta in deltas)
+    if not low or len(low) < len(deltas) or elsewhere:
         return None
     left = torch.cat([change.left for change in low], dim=1).cpu()
     right = torch.cat([change.right for change in low], dim=0).cpu()

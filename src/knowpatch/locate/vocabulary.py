@@ -178,6 +178,18 @@ def project(
     return projected
 
 
+def words(view: ModelView, states_ND: Tensor, count: int) -> list[list[str]]:
+    """The tokens that each direction in the residual stream writes most, as the head will see it.
+
+    Raises:
+        ModelError: what enters the head is no state of the blocks.
+    """
+    gain_D = Readout(view).gain().cpu()
+    head_VD = view.values(f"{view.roles.head}.weight").float().cpu()
+    best_NK = ((states_ND.cpu() * gain_D) @ head_VD.T).topk(count, dim=1).indices
+    return [[view.decode([token]) for token in row] for row in best_NK.tolist()]
+
+
 def _tokens(view: ModelView, request: EditRequest) -> tuple[int, int | None]:
     """The first tokens of the new and of the old answer, as they follow the prompt."""
     encoded = view.encode(request.prompt)
