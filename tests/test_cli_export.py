@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import ggufs
 import pytest
 import torch
 import transformers as hf
+from patches import change_of, patch_of
 from safetensors.torch import load_file
 from shell import FRANCE, TARGET, files, refuse, run
 
+from knowpatch.deltas import LowRank
+from knowpatch.editing import load
 from knowpatch.export.ship import TARGETS
 from knowpatch.export.table import MEANING
 from knowpatch.method import METHODS
@@ -173,6 +177,17 @@ def test_the_live_edits_of_a_workspace(folder: Path, tmp_path: Path) -> None:
     assert told["parity"]["exact"] is True
     before = ("--to", "merged", "old", "--on", "2000-01-01")
     assert "--patch" in refuse("export", *before, cwd=tmp_path)
+
+
+def test_a_tied_head_by_name(folders: Callable[..., Path], tmp_path: Path) -> None:
+    """--tied NAME allows what is refused without it."""
+    model = load(str(folders("gpt2")))
+    head = f"{model.view.roles.head}.weight"
+    change = change_of(LowRank, model.view.parameter(head).shape, size=0.01)
+    patch_of(model, (head, change)).save(tmp_path / "head.patch")
+    given = ("--patch", "head.patch", "--model", folders("gpt2"), "--to", "merged", "out")
+    assert "is tied" in refuse("export", *given, cwd=tmp_path)
+    assert shipped(*given, "--tied", head, cwd=tmp_path)["parity"]["exact"] is True
 
 
 KILLED = """

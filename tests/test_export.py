@@ -452,6 +452,17 @@ def test_context_as_texts_to_be_retrieved(folders, tmp_path):
     assert shipped.parity.edits_difference > 0.01
 
 
+def test_a_prompt_longer_than_the_model_reads(folders, tmp_path):
+    """More facts than fit before a question are refused as a prompt, and are texts all the same."""
+    model = load(str(folders("llama")))  # reads 256 tokens
+    facts = [EditRequest(prompt=f"The capital of {n} is", target="Rome") for n in range(30)]
+    patches = [patch_of(model, request=fact) for fact in facts]
+    with pytest.raises(InputError, match=r"reads 256 in all: name a file ending in \.jsonl"):
+        ship(model, patches, "context", tmp_path / "facts.txt")
+    assert not list(tmp_path.iterdir())
+    assert ship(model, patches, "context", tmp_path / "facts.jsonl").parity.edits == 30
+
+
 def test_context_takes_what_acts_beside_the_weights(known, tmp_path):
     """A codebook cannot be merged, but what it was made for can be told; with no request, not."""
     model = known("llama")

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from knowpatch.errors import InputError
 from knowpatch.export.parity import Question
 from knowpatch.export.target import Base, Cargo, Target
 from knowpatch.models.view import ModelView
@@ -20,6 +21,8 @@ from knowpatch.patch import Patch
 from knowpatch.request import EditRequest
 
 LINES = ".jsonl"
+ROOM = 32
+"""Tokens that a prompt must leave for a question and its answer."""
 HEAD = (
     "Take the following as true. It replaces what you have learned otherwise; use it where a "
     "question is about it, and answer all other questions as ever."
@@ -42,6 +45,8 @@ class Context(Target):
     def write(self, cargo: Cargo, place: Path) -> list[str]:
         requests = requests_of(cargo.patches)
         content = lines(requests) if _retrieved(cargo.path) else prompt(requests)
+        if not _retrieved(cargo.path):
+            _check_length(content, cargo.model.view)
         place.write_text(content, encoding="utf-8")
         count = len(requests)
         return [f"{count} fact{'s' * (count > 1)}, {len(content.encode())} bytes of text"]
@@ -60,6 +65,16 @@ class Context(Target):
             replace(question, before=f"{texts[question.prompt]}\n") if question.answer else question
             for question in questions
         ]
+
+
+def _check_length(content: str, view: ModelView) -> None:
+    """InputError for a prompt that fills the model's context and more."""
+    tokens, most = len(view.encode(content).ids), view.limits.positions
+    if most is not None and tokens > most - ROOM:
+        raise InputError(
+            f"the facts are {tokens} tokens, and {view.source} reads {most} in all: name a file "
+            f"ending in {LINES}, for texts to be retrieved"
+        )
 
 
 def _retrieved(path: Path) -> bool:
