@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import pytest
+import tiny
 import torch
 from shell import run as shell
 
+from knowpatch.edited import EditedModel
 from knowpatch.editing import edit
-from knowpatch.errors import RequestError
+from knowpatch.errors import ModelError, RequestError
+from knowpatch.locate.facts import Fact
+from knowpatch.locate.locators import located, locator
 from knowpatch.locate.neurons import knowledge_neurons, scaled
+from knowpatch.locate.suggest import separations
 from knowpatch.parts.attribution import Search, agreed, attribute, coarse
 from knowpatch.parts.spans import continuation
 from knowpatch.request import EditRequest
@@ -137,3 +142,13 @@ def test_random_neurons_are_others_of_the_same_blocks(known):
     assert not set(drawn) & found
     assert drawn == _random(view, found, 0)
     assert torch.tensor(drawn)[:, 1].max() < 96
+
+
+def test_a_mixture_of_experts_is_refused():
+    """It has no one map whose inputs are neurons; told in one line, by every way to look there."""
+    view = EditedModel.of(*tiny.fresh("mixtral")).view
+    with pytest.raises(ModelError, match="no neurons to look at: its MLP is a mixture"):
+        knowledge_neurons(view, [PROMPT], "Paris", Search(points=2))
+    with pytest.raises(ModelError, match="no neurons to look at"):
+        located(view, locator("neurons"), [Fact(PROMPT, "France")])
+    assert separations(view, []) == {}

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from knowpatch.errors import OptionError, did_you_mean
+from knowpatch.errors import ModelError, OptionError, did_you_mean
 from knowpatch.files import kept_in, write_atomically
 from knowpatch.locate.attribution import attribute as patched
 from knowpatch.locate.facts import Fact
@@ -24,7 +24,7 @@ from knowpatch.locate.tracing import WINDOW, Tracing, window_of
 from knowpatch.models.passes import Ids
 from knowpatch.models.restorations import MLP, Put
 from knowpatch.models.view import ModelView
-from knowpatch.parts.attribution import attribute, blocks_with_neurons
+from knowpatch.parts.attribution import ROLE, attribute, blocks_with_neurons
 from knowpatch.parts.spans import continuation
 from knowpatch.progress import Progress, silent
 
@@ -75,7 +75,13 @@ def by_tracing(view: ModelView, fact: Fact, answer: Ids) -> Tensor | None:
 
 
 def by_neurons(view: ModelView, fact: Fact, answer: Ids) -> Tensor:
-    """What a block's neurons add to the answer's probability, those that take from it left out."""
+    """What a block's neurons add to the answer's probability, those that take from it left out.
+
+    Raises:
+        ModelError: the model has no such neurons.
+    """
+    if reason := view.roles.lacks(ROLE):
+        raise ModelError(f"{view.source} has no neurons to look at: {reason}")
     ids = view.encode(fact.prompt).ids
     read = attribute(view, blocks_with_neurons(view), ids, answer, points=POINTS)
     scores_L = torch.zeros(len(view.roles.blocks))

@@ -16,7 +16,7 @@ from statistics import fmean
 import torch
 
 from knowpatch.deltas import WeightDelta
-from knowpatch.errors import RequestError
+from knowpatch.errors import ModelError, RequestError
 from knowpatch.models.batch import gathered
 from knowpatch.models.passes import Ids, Scored
 from knowpatch.models.view import ModelView
@@ -109,8 +109,10 @@ def knowledge_neurons(
         seed: of the random neurons.
 
     Raises:
-        RequestError: an empty prompt or answer.
+        RequestError: an empty prompt or answer; ModelError: the model has no such neurons.
     """
+    if reason := view.roles.lacks(ROLE):
+        raise ModelError(f"{view.source} has no neurons to look at: {reason}")
     if not answer.strip() or not all(prompt.strip() for prompt in prompts):
         raise RequestError("a prompt or the answer is empty")
     encoded = [view.encode(prompt) for prompt in prompts]

@@ -74,7 +74,8 @@ class Portrait:
     Attributes:
         patch: it; matrices: from the lowest block up; besides: what is no weight change.
         columns: (block, column) of those that changed most, most changed first.
-        projected: for each way to take columns, each request's answers in them.
+        projected: for each way to take columns, each request's answers in them; empty where no
+            map that writes states is changed, or the head reads other vectors than these.
     """
 
     patch: Patch
@@ -121,16 +122,13 @@ def _plain(one: Matrix, *, mapped: bool) -> dict[str, Any]:
 
 
 def portrait(view: ModelView, patch: Patch) -> Portrait:
-    """What a patch changes, by itself: over the model as it came.
-
-    Raises:
-        ModelError: see vocabulary.project.
-    """
+    """What a patch changes, by itself: over the model as it came."""
     matrices = list(changed(view, patch))
     found = columns(matrices)
     requests = patch.provenance.requests
     projected = {}
-    if found is not None and requests:
+    width = view.parameter(f"{view.roles.head}.weight").shape[1]
+    if found is not None and requests and width == view.roles.hidden_size:
         projected = {
             way: project(view, found, requests, normed=normed) for way, normed in WAYS.items()
         }

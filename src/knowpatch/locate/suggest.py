@@ -246,6 +246,8 @@ def separations(
     subject is: area under the curve of distances between what enters the MLP's output map at the
     last token. What a memory at this block could recognise."""
     blocks = blocks_with_neurons(view)
+    if not blocks:
+        return {}
     prompts = [fact.request.prompt for fact in facts]
     groups = [list(fact.paraphrases) for fact in facts], [list(fact.neighbours) for fact in facts]
     every = [*prompts, *(text for group in groups for some in group for text in some)]
