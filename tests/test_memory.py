@@ -26,6 +26,7 @@ from knowpatch.editing import choose, edit, prepare
 from knowpatch.errors import OptionError, PatchError
 from knowpatch.method import Shape
 from knowpatch.models.passes import Tap
+from knowpatch.models.sampling import ended
 from knowpatch.models.view import ModelView
 from knowpatch.parts.kinds.codebook import CODEBOOK, Codebook, codebook
 from knowpatch.parts.memory import MARGIN, Memory, grown
@@ -401,7 +402,7 @@ def _plain_text(model, memories, row, steps):
             ids.append(int(logits[0, -1].argmax()))
     for hook in hooks:
         hook.remove()
-    return list(model.view._until_stop(ids[len(row) :]))
+    return list(ended(ids[len(row) :], model.view.stop_ids, (), model.view.decode))
 
 
 def _kept(patch, layer=2):
@@ -416,7 +417,8 @@ def _generated(model, rows, side="left", **options):
     """The new ids of each row, up to the first that ends a text."""
     batch = model.view.batch(rows, side=side)
     out = model.generate(batch.ids_BT, attention_mask=batch.mask_BT, do_sample=False, **options)
-    return [list(model.view._until_stop(row)) for row in out[:, batch.ids_BT.shape[1] :].tolist()]
+    said, view = out[:, batch.ids_BT.shape[1] :].tolist(), model.view
+    return [list(ended(row, view.stop_ids, (), view.decode)) for row in said]
 
 
 @pytest.mark.parametrize(("architecture", "steps"), [("llama", 40), ("gpt2", 12), ("opt", 12)])

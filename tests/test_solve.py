@@ -390,9 +390,9 @@ def test_dependent_keys_are_fine_with_slack():
     found = torch.matmul(*update(asked, twice, Form.of(second), slack=0.7))
     plain = asked @ twice.T @ torch.linalg.inv(0.7 * second + twice @ twice.T)
     assert _close(found, plain)
-    conflict = torch.matmul(*update(asked, twice, Form.of(second), slack=1e-9))
+    conflict = torch.matmul(*update(asked, twice, Form.of(second), slack=1e-7))
     middle = (residual[:, 0] + residual[:, 1]) / 2
-    assert _close(conflict @ keys[:, 0], middle, 1e-6)
+    assert _close(conflict @ keys[:, 0], middle, 1e-5)
 
 
 def test_a_zero_key_is_refused_where_it_would_be_divided_by():

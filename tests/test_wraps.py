@@ -15,6 +15,7 @@ from knowpatch.edited import EditedModel
 from knowpatch.errors import OptionError, PatchError
 from knowpatch.models.above import Above
 from knowpatch.models.passes import Act
+from knowpatch.models.sampling import ended
 from knowpatch.models.sites import listening, muted
 from knowpatch.parts.wraps import Tokens, kind_of
 from knowpatch.patch import Patch, Wrap
@@ -195,7 +196,8 @@ def test_texts_are_those_of_whole_passes(known, name):
                 use_cache=use_cache,
             )
         said = out[:, batch.ids_BT.shape[1] :].tolist()
-        assert [list(model.view._until_stop(row)) for row in said] == wanted
+        view = model.view
+        assert [list(ended(row, view.stop_ids, (), view.decode)) for row in said] == wanted
     with model.session([patch]):
         ids = list(rows[0])
         out = model(torch.tensor([ids]), use_cache=True)

@@ -117,5 +117,5 @@ def _sizes(view: ModelView, patches: Sequence[Patch]) -> Iterator[Size]:
                 changed = delta.added_to(changed)
         norm = float(base.norm())
         if norm > 0:
-            mine, all_ = (float((changed - other).norm()) for other in (now, base))
+            mine, all_ = (float((changed - other).double().norm()) for other in (now, base))
             yield Size(name, mine / norm, all_ / norm)

@@ -152,8 +152,9 @@ def numerical_rank(one: Changed, step: float) -> int:
     """
     weight_DI, (rows, columns) = one.weight_DI, one.weight_DI.shape
     noise = step / 2 * float(weight_DI.square().mean().sqrt()) * (rows**0.5 + columns**0.5)
-    # What float32 arithmetic itself leaves of the largest one.
-    least = max(noise, 1e-6 * float(one.singular_S[0]))
+    # What float32 arithmetic itself leaves of the largest one, as usual for a matrix's rank.
+    arithmetic = max(rows, columns) * torch.finfo(torch.float32).eps
+    least = max(noise, arithmetic * float(one.singular_S[0]))
     return int((one.singular_S > least).sum())
 
 

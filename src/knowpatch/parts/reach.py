@@ -53,7 +53,7 @@ def reach(view: ModelView, patch: Patch, questions: Sequence[Question]) -> Tenso
     ]
     own = own_questions(patch)
     if not changes or not questions:
-        return torch.zeros(len(questions))
+        return torch.zeros(len(questions), dtype=torch.float64)
     added_P = _added(view, changes, [*own, *questions])
     mine, others = added_P[: len(own)], added_P[len(own) :]
     return others / mine.median().clamp(min=torch.finfo(torch.float32).tiny)
@@ -72,10 +72,11 @@ def _added(
     ]
     taps = {role.module: Tap(role.module, "input") for _, role in changes}
     run = view.run([row.ids for row in rows], taps=list(taps.values()))
-    squares_P = torch.zeros(len(questions))
+    squares_P = torch.zeros(len(questions), dtype=torch.float64)  # a square may be beyond float32
     for delta, role in changes:
         keys_PI = run.at(taps[role.module], places).float()
         shape = view.parameter(delta.address.parameter).shape
         outputs = int(shape[1] if role.stored_in_out else shape[0])
-        squares_P += delta.through(keys_PI, outputs, role.stored_in_out).square().sum(-1).cpu()
+        added_PD = delta.through(keys_PI, outputs, role.stored_in_out)
+        squares_P += added_PD.double().square().sum(-1).cpu()
     return squares_P.sqrt()
