@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 from ledgers import filled
 from shell import FRANCE, TARGET, Result, files, refuse, run
 
@@ -336,6 +337,27 @@ def test_a_lost_patch_is_computed_anew_to_the_same_bytes(copy: Path):
     assert told["replayed"] == [{"edit": first, "new": None, "took": [True]}]
     assert path.read_bytes() == content
     assert run("verify", cwd=copy).code == 0
+
+
+def test_a_damaged_edit_can_be_taken_back(copy: Path):
+    """What cannot be asked any more is told; the revert stands all the same."""
+    first = ids(copy)[-1]
+    (copy / ".knowpatch" / "patches" / f"{first}.safetensors").write_bytes(b"")
+    told = run("revert", first, "--json", cwd=copy).json()
+    assert first in told["unasked"]
+    assert told["flipped"] is None
+    assert len(told["live"]) == 1
+
+
+def test_another_model_is_asked_without_the_live_edits(copy: Path):
+    """Named on purpose, it answers plainly, and that it is another is said."""
+    tiny.trained("gpt2")[0].save_pretrained(copy / "other")
+    tiny.trained("gpt2")[1].save_pretrained(copy / "other")
+    result = run("ask", FRANCE[1], "--model", "other", "--json", cwd=copy)
+    assert result.json()["with"] is None
+    assert result.json()["workspace"] is None
+    words = ("edit", "The sky is", "--target", "Rome", "--method", "ice", "--model", "other")
+    assert "of the model with fingerprint" in refuse(*words, cwd=copy)
 
 
 def test_diff_tells_edits_weights_and_answers(copy: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -220,6 +221,20 @@ def test_the_same_patch_twice_is_refused_and_applied_again_after_a_revert(tmp_pa
     assert len(workspace.history.edits) == 2
 
 
+def test_what_is_edited_again_for_other_days_is_live_on_those(tmp_path: Path):
+    """Though the patch, and so the edit, is the same as the one that was taken back."""
+    workspace = Workspace.create(tmp_path)
+    edit = record(workspace, patch(1))
+    workspace.move(reverts=[edit])
+    record(workspace, patch(1), valid_from=date(2030, 1, 1))
+    for history in (workspace.history, Workspace(workspace.folder).history):
+        assert history.live(date(2029, 12, 31)) == []
+        assert ids(history.live(date(2030, 1, 1))) == [edit.id]
+    workspace.move(reverts=[edit])
+    workspace.move(applies=[edit])  # which says nothing of days
+    assert workspace.live(date(2029, 12, 31)) == []
+
+
 def test_a_patch_for_another_model_is_refused(tmp_path: Path):
     """The first edit says which model a workspace is of; nothing is recorded of another."""
     workspace = filled(tmp_path, 1)
@@ -254,24 +269,38 @@ def test_a_replacement_is_one_step(tmp_path: Path):
     assert workspace.history.number == number + 1
 
 
-WRITER = """
-import sys
+WRITERS = """
+import os, sys
 from pathlib import Path
 from ledgers import patch, record
 from knowpatch.ledger import Workspace
-workspace = Workspace(Path(sys.argv[1]))
-for number in range(8):
-    record(workspace, patch(100 * int(sys.argv[2]) + number))
+
+def write(writer):
+    workspace = Workspace(Path(sys.argv[1]))
+    for number in range(8):
+        record(workspace, patch(100 * writer + number))
+
+children = []
+for writer in range(1, 5):
+    children.append(os.fork())
+    if children[-1] == 0:
+        try:
+            write(writer)
+        except BaseException as error:
+            print(error, file=sys.stderr, flush=True)
+            os._exit(1)
+        os._exit(0)
+sys.exit(any(os.waitpid(child, 0)[1] for child in children))
 """
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_several_processes_write_at_once(tmp_path: Path):
     """Four writers, eight edits each: every edit is there once, and the chain holds."""
     workspace = Workspace.create(tmp_path)
-    command = [sys.executable, "-c", WRITER, str(workspace.folder)]
-    here = Path(__file__).parent
-    writers = [subprocess.Popen([*command, str(n)], cwd=here) for n in range(1, 5)]
-    assert [writer.wait(120) for writer in writers] == [0] * 4
+    command = [sys.executable, "-c", WRITERS, str(workspace.folder)]
+    ran = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
     found = verify(workspace.folder)
     assert not found.faults
     seeds = sorted(edit.recorded["seed"] for edit in found.history.edits.values())

@@ -173,7 +173,7 @@ def test_damage_in_both_copies_is_mended_where_they_complete_each_other(
     """Lines of both copies are damaged, never the same one in both: nothing is lost."""
     chance = random.Random(1)
     events = list(Workspace(sound / ".knowpatch").events)
-    for number in range(20):
+    for number in range(MUTANTS // 25):
         root = tmp_path / str(number)
         shutil.copytree(sound, root)
         text, data = root / ".knowpatch" / TEXT, root / ".knowpatch" / DATABASE

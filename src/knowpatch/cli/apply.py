@@ -73,7 +73,7 @@ def _met(
     from knowpatch.ledger.conflicts import conflicts
 
     chat = bool(edit.recorded["config"].get("chat", False)) if edit else chat
-    period = (edit.recorded["valid_from"], edit.last_day) if edit else (None, None)
+    period = (edit.first_day, edit.last_day) if edit else (None, None)
     met = conflicts(facts, [e for e in history.live() if e is not edit], chat=chat, period=period)
     if force or not met:
         return []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,11 +23,11 @@ from knowpatch.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from knowpatch.edited import EditedModel
-    from knowpatch.ledger import Workspace
     from knowpatch.models.sites import Firing
     from knowpatch.patch import Patch
     from knowpatch.stepping import Generated
+
+log = logging.getLogger(__name__)
 
 
 def run(
@@ -55,11 +56,14 @@ def run(
         prompt.encode()
     except UnicodeEncodeError:
         raise InputError("the prompt is not text in UTF-8; give it in UTF-8") from None
-    given, workspace = read_patches(patch), workspace_for(patch, on)
+    given, workspace, day = read_patches(patch), workspace_for(patch, on), day_of(on, "--on")
     name = workspace.model if workspace is not None and model is None else model
     with screen.reporting() as report:
         edited = load(name, device=device, dtype=dtype, progress=report)
-        patches = given if workspace is None else _standing(workspace, edited, on)
+        if workspace is not None and not workspace.is_of(edited.view.fingerprint):
+            log.warning("another model than this workspace's: it is asked without its edits")
+            workspace = None
+        patches = given if workspace is None else workspace.patches(workspace.live(day))
 
         def said() -> Generated:
             ask = Ask(edited, progress=report)
@@ -84,12 +88,6 @@ def run(
         screen.print_json(facts)
         return
     _show(facts)
-
-
-def _standing(workspace: Workspace, edited: EditedModel, on: str | None) -> list[Patch]:
-    """The patches that are live on that day; refuses another model than theirs."""
-    workspace.check_model(edited.view.fingerprint)
-    return workspace.patches(workspace.live(day_of(on, "--on")))
 
 
 def reasons(patches: Sequence[Patch], heard: Sequence[Firing]) -> list[dict[str, Any]]:

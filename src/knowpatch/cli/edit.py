@@ -170,7 +170,7 @@ def _done(
         method.progress = report
         start = perf_counter()
         edited = load(place.model, device=device, dtype=dtype, progress=report)
-        beneath.enter_context(standing(edited, place.standing(edited.view.fingerprint)))
+        beneath.enter_context(standing(edited, place.standing(edited.view)))
         loaded = perf_counter() - start
         requests = _complete(edited, requests, chat=method.config.chat)
         spent = Seconds()

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from knowpatch.edited import EditedModel
     from knowpatch.ledger.signing import Signer
     from knowpatch.method import EditMethod
+    from knowpatch.models.view import ModelView
     from knowpatch.patch import Patch
     from knowpatch.progress import Progress
     from knowpatch.request import EditRequest
@@ -36,7 +37,7 @@ class Keeper(Protocol):
     def check(self, requests: Sequence[EditRequest], method: EditMethod) -> None:
         """Refuse, before the work, what could not be kept after it."""
 
-    def standing(self, fingerprint: str) -> list[Patch]:
+    def standing(self, view: ModelView) -> list[Patch]:
         """The patches on top of which the edit is made."""
 
     def collided(
@@ -78,7 +79,7 @@ class InFiles:
             raise InputError(f"{folder}: is a file; with --sequential name a folder with --out")
         check_writable(folder / "patch" if folder.exists() else folder)
 
-    def standing(self, fingerprint: str) -> list[Patch]:
+    def standing(self, view: ModelView) -> list[Patch]:
         return []
 
     def collided(

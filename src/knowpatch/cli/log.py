@@ -57,10 +57,12 @@ def run(
 
 def facts(edit: Edit, day: date) -> dict[str, Any]:
     """An edit as plain data, without what is long (config, and what was measured)."""
-    names = ("time", "author", "method", "reason", "source", "took", "valid_from", "valid_until")
+    names = ("time", "author", "method", "reason", "source", "took")
     return {
         "id": edit.id,
         **{name: edit.recorded[name] for name in names},
+        "valid_from": edit.first_day,
+        "valid_until": edit.last_day,
         "state": state(edit, day),
         "requests": list(edit.requests),
     }
@@ -72,10 +74,9 @@ def state(edit: Edit, day: date) -> str:
         return "reverted"
     if edit.valid_on(day):
         return "live"
-    start = edit.recorded["valid_from"]
-    if start is not None and start > day.isoformat():
-        return f"from {start}"
-    return f"until {edit.recorded['valid_until']}"
+    if edit.first_day is not None and edit.first_day > day.isoformat():
+        return f"from {edit.first_day}"
+    return f"until {edit.last_day}"
 
 
 def _row(edit: Edit, day: date) -> tuple[str, ...]:

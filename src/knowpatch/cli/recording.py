@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from knowpatch.ledger import History
     from knowpatch.ledger.signing import Signer
     from knowpatch.method import EditMethod
+    from knowpatch.models.view import ModelView
     from knowpatch.patch import Patch
     from knowpatch.progress import Progress
     from knowpatch.request import EditRequest
@@ -113,8 +114,9 @@ class InWorkspace:
         if self.clash == "replace":
             self.replaced += met
 
-    def standing(self, fingerprint: str) -> list[Patch]:
-        self.workspace.check_model(fingerprint)
+    def standing(self, view: ModelView) -> list[Patch]:
+        self.workspace.check_model(view.fingerprint)
+        self._dtype = view.form
         return self.workspace.patches(self.beneath)
 
     def collided(
@@ -179,6 +181,7 @@ class InWorkspace:
             report=measured,
             valid_from=self.period[0],
             valid_until=self.period[1],
+            dtype=self._dtype,
             folds=type(self._method).fold is not EditMethod.fold,
             sequence=self.run,
             turn=None if self.run is None else turn,

@@ -58,7 +58,9 @@ def run(
     workspace.check_signer(signer)
     done: list[Replayed] = []
     with screen.reporting() as report:
-        edited = load(workspace.model, device=device, dtype=dtype, progress=report)
+        made = {edit.recorded["dtype"] for edit in waiting}
+        kind = next(iter(made)) if dtype == "auto" and len(made) == 1 else dtype
+        edited = load(workspace.model, device=device, dtype=kind or dtype, progress=report)
         workspace.check_model(edited.view.fingerprint)
         for item in replay(workspace, edited, chosen, note=note, signer=signer, progress=report):
             done.append(item)

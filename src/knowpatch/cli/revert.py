@@ -9,7 +9,7 @@ import typer
 from knowpatch.cli import screen
 from knowpatch.cli.columns import columns
 from knowpatch.cli.options import Author, Device, Dtype, Json, Reason, note_of
-from knowpatch.errors import OptionError
+from knowpatch.errors import KnowpatchError, OptionError
 
 if TYPE_CHECKING:
     from knowpatch.ledger import Edit, Workspace
@@ -48,11 +48,12 @@ def run(
     before = workspace.live()
     workspace.move(applies=back, reverts=gone, note=note_of(author, reason))
     leaners = stale(workspace.history, [*gone, *back])
-    flipped = (
-        _flipped(workspace, leaners, before, device=device, dtype=dtype)
-        if leaners and ask
-        else None
-    )
+    flipped, unasked = None, None
+    if leaners and ask:
+        try:
+            flipped = _flipped(workspace, leaners, before, device=device, dtype=dtype)
+        except KnowpatchError as error:  # what is taken back is taken back
+            unasked = str(error)
     facts = {
         "reverted": [edit.id for edit in gone],
         "applied": [edit.id for edit in back],
@@ -60,11 +61,12 @@ def run(
         "exact": not leaners,
         "leaning": [edit.id for edit in leaners],
         "flipped": flipped,
+        "unasked": unasked,
     }
     if as_json:
         screen.print_json(facts)
     else:
-        _show(workspace, gone, back, leaners, flipped)
+        _show(workspace, gone, back, leaners, flipped, unasked)
 
 
 def _wanted(
@@ -122,6 +124,7 @@ def _show(
     back: list[Edit],
     leaners: list[Edit],
     flipped: list[dict[str, Any]] | None,
+    unasked: str | None,
 ) -> None:
     for what, edits in (("reverted", gone), ("applied", back)):
         for edit in edits:
@@ -132,7 +135,8 @@ def _show(
         return
     screen.say(f"{len(leaners)} later edit(s) were computed on top of it; {live}")
     if flipped is None:
-        screen.say("whether their answers flipped was not asked; knowpatch replay recomputes them")
+        why = f" ({unasked})" if unasked else ""
+        screen.say(f"whether they flipped was not asked{why}; knowpatch replay recomputes them")
         return
     lost = [item for item in flipped if not item["right"]]
     if not lost:

@@ -51,9 +51,9 @@ def _lines(edit: Edit, workspace: Workspace) -> Iterator[tuple[str, str]]:
     yield "state", state(edit, today())
     yield "time", f"{moment(made['time'])} UTC"
     yield "author", made["author"]
-    for name in ("reason", "source", "valid_from", "valid_until"):
-        if made[name] is not None:
-            yield name.replace("_", " "), made[name]
+    named = {"reason": made["reason"], "source": made["source"]}
+    named |= {"valid from": edit.first_day, "valid until": edit.last_day}
+    yield from ((name, value) for name, value in named.items() if value is not None)
     for number, request in enumerate(edit.requests[:OTHERS]):
         yield "" if number else "request", _request(request)
     if len(edit.requests) > OTHERS:

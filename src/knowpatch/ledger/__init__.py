@@ -25,15 +25,18 @@ from the events whenever a workspace is opened; nothing derived is stored.
     ws.move(applies=[...], reverts=[...], note=Note(reason="..."))
     ws.tag("v1", ws.history.number)
 
-Fields of an Edit: `id`, `short`, `says`, `live`, `requests`, and `recorded`, the facts of its
-event: time, author, reason, source, method, config, seed, fingerprint, version, requests, patch,
-sha256, bytes, rank, weights (names of the parameters that it changes), parts (kinds of what it
-holds besides), folds, took, report, over, on, valid_from, valid_until, reverts, ends, instead_of,
-sequence, turn. Apply patches in the order of
-`ws.live()`: the same live edits are then the same bytes, whatever was reverted in between.
+Fields of an Edit: `id`, `short`, `says`, `live`, `requests`, `first_day`, `last_day`, and
+`recorded`, the facts of its event: time, author, reason, source, method, config, seed, fingerprint,
+version, requests, patch, sha256, bytes, rank, weights (names of the parameters that it changes),
+parts (kinds of what it holds besides), folds, dtype, took, report, over, on, valid_from,
+valid_until, reverts, ends, instead_of, sequence, turn (ledger/notes.py says what they are). Apply
+patches in the order of `ws.live()`: the same live edits are then the same bytes, whatever was
+reverted in between.
 
 Modules: chain (events and their hashes), store (database and text), blobs (files), history (what
-the events say), workspace (doing things), verify (checking and mending).
+the events say), notes (what is recorded beside an edit), workspace (doing things), verify and
+copies (checking and mending), signing; conflicts and collisions (edits that meet); leaning (what
+was computed on what), standing (a model brought to a state, and asked there), replaying; weights.
 """
 
 from knowpatch.ledger.history import BASE, NOW, Edit, History

@@ -44,7 +44,8 @@ def put(path: Path, content: bytes) -> str:
             os.utime(path)  # in use again: not to be swept away
         else:
             write_atomically(path, content)
-        for place in (path, path.parent):
+        # A folder, too, has to be told where one can open it, or its new name may be lost.
+        for place in (path, path.parent) if os.name == "posix" else (path,):
             handle = os.open(place, os.O_RDONLY)
             try:
                 os.fsync(handle)

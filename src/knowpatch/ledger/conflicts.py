@@ -60,7 +60,7 @@ def conflicts(
     by_words: dict[frozenset[str], list[tuple[Edit, Fact]]] = {}
     by_subject: dict[str, list[tuple[Edit, Fact]]] = {}
     for edit in live:
-        if not _meet(period, (edit.recorded["valid_from"], edit.last_day)):
+        if not _meet(period, (edit.first_day, edit.last_day)):
             continue
         for fact in edit.requests:
             by_words.setdefault(_words(fact["prompt"]), []).append((edit, fact))

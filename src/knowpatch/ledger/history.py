@@ -33,22 +33,28 @@ class Edit:
         place: where it stands among the live ones.
         spans: from which event on it was live, up to which (None: still).
         touched: the events that say anything of it.
-        last_day: on which it is live; None for no limit.
+        first_day, last_day: on which it is live; None for no limit.
     """
 
     event: Event
     place: Key
     spans: list[tuple[int, int | None]] = field(default_factory=list)
     touched: list[Event] = field(default_factory=list)
+    first_day: str | None = None
     last_day: str | None = None
 
     def __post_init__(self) -> None:
-        self.last_day = self.recorded["valid_until"]
+        self.set_period(self.recorded)
+
+    def set_period(self, body: Mapping[str, Any]) -> None:
+        """The days that an event names."""
+        self.first_day, self.last_day = body["valid_from"], body["valid_until"]
 
     @property
-    def ended(self) -> bool:
-        """Whether another edit takes over from a day on."""
-        return bool(self.last_day != self.recorded["valid_until"])
+    def rescheduled(self) -> bool:
+        """Whether its days are others than those that it was recorded with."""
+        days = (self.recorded["valid_from"], self.recorded["valid_until"])
+        return days != (self.first_day, self.last_day)
 
     @property
     def recorded(self) -> Mapping[str, Any]:
@@ -84,7 +90,7 @@ class Edit:
 
     def valid_on(self, day: date) -> bool:
         """Whether that day is in its time, the first and the last day included."""
-        start, end = self.recorded["valid_from"], self.last_day
+        start, end = self.first_day, self.last_day
         text = day.isoformat()
         return (start is None or start <= text) and (end is None or text <= end)
 
@@ -135,6 +141,8 @@ class History:
             self._take_back(event)
             for name in body["applies"]:
                 self._begin(event, self.edits[name])
+                if "valid_from" in body:  # edited again, for other days
+                    self.edits[name].set_period(body)
         elif event.kind == "tag":
             self.tags[str(body["name"])] = int(body["at"])
         elif event.kind == "trust":

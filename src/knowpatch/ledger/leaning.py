@@ -62,7 +62,7 @@ def _stands(other: Edit, edit: Edit) -> bool:
 
 def _moved(edit: Edit) -> bool:
     """Whether anything but the usual ever happened to an edit: live from its recording on."""
-    usual = edit.spans == [(edit.event.number, None)] and not edit.ended
+    usual = edit.spans == [(edit.event.number, None)] and not edit.rescheduled
     return not usual or edit.recorded["instead_of"] is not None
 
 

@@ -40,6 +40,7 @@ class Circumstances:
         valid_from, valid_until: first and last day on which it is live; None for no limit.
         instead_of: id of the edit in whose place it was made anew.
         folds: whether later edits of its method are computed from it.
+        dtype: of the model's weights when it was computed: another one gives another patch.
         sequence: names the run in which it was made on top of others of the same run.
         turn: its number in that run, by which the report names its request.
     """
@@ -53,6 +54,7 @@ class Circumstances:
     valid_until: date | None = None
     instead_of: str | None = None
     folds: bool = True
+    dtype: str | None = None
     sequence: str | None = None
     turn: int | None = None
 
@@ -65,6 +67,7 @@ class Circumstances:
             "source": self.source,
             "instead_of": self.instead_of,
             "folds": self.folds,
+            "dtype": self.dtype,
             "sequence": self.sequence,
             "turn": self.turn,
             **{name: day and day.isoformat() for name, day in days.items()},

@@ -105,7 +105,7 @@ def _circumstances(
 ) -> Circumstances:
     """Those of the new edit in the place of the old one, with the old one's facts."""
     made = old.recorded
-    days = (made["on"], made["valid_from"], old.last_day)
+    days = (made["on"], old.first_day, old.last_day)
     on, start, end = (None if day is None else date.fromisoformat(day) for day in days)
     return Circumstances(
         over=over,
@@ -117,4 +117,5 @@ def _circumstances(
         valid_until=end,
         instead_of=old.id,
         folds=bool(made["folds"]),
+        dtype=made["dtype"],
     )

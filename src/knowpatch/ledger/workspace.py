@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from knowpatch.errors import InputError, OptionError, PatchError
-from knowpatch.files import plain_storage_errors
+from knowpatch.files import plain_storage_errors, replacing
 from knowpatch.ledger import blobs
 from knowpatch.ledger.chain import Event, written
 from knowpatch.ledger.history import BASE, FORMAT, NOW, Edit, History
@@ -69,9 +69,8 @@ class Workspace:
         if not root.is_dir():
             raise InputError(f"{root}: no such folder; make it first")
         body = {"kind": "init", "format": FORMAT, "model": model, **(note or Note()).facts()}
-        with plain_storage_errors(folder):
-            folder.mkdir()
-            write_anew(folder, [written(1, "", body)])
+        with replacing(folder, folder=True) as temporary:
+            write_anew(temporary, [written(1, "", body)])
         return cls(folder)
 
     @classmethod
@@ -202,6 +201,7 @@ class Workspace:
                 if known is not None and known.live and known.id not in replaced:
                     raise PatchError(f"edit {known.short} is live already: {known.says}")
                 again = {"kind": "apply", "applies": [body["patch"]]}
+                again |= {name: body[name] for name in ("valid_from", "valid_until")}
                 step = {"reverts": replaced, "ends": last, **facts}
                 bodies.append({**(again if known else body), **step})
                 replaced, last = [], {}
@@ -238,10 +238,14 @@ class Workspace:
                 f"{who}; sign with --sign FILE"
             )
 
+    def is_of(self, fingerprint: str) -> bool:
+        """Whether the workspace's edits, if there are any, are of the model with this one."""
+        return self.history.fingerprint in (None, fingerprint)
+
     def check_model(self, fingerprint: str) -> None:
         """PatchError if the workspace's edits are of a model with another fingerprint."""
-        mine = self.history.fingerprint
-        if mine is not None and fingerprint != mine:
+        if not self.is_of(fingerprint):
+            mine = str(self.history.fingerprint)
             raise PatchError(
                 f"this workspace is of the model with fingerprint {mine[:16]}, not "
                 f"{fingerprint[:16]}: use its model, or another workspace"
