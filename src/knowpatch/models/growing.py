@@ -38,8 +38,8 @@ from knowpatch.progress import Progress, silent
 
 Begun = tuple[int, int, int]
 """A restoration's first position, the block that it enters at, and its number."""
-TOGETHER = 4096
-"""Tokens that run in one pass at most."""
+TOGETHER, LOGITS = 4096, 1 << 27
+"""Tokens that run in one pass at most, and numbers that its logits are."""
 
 
 class Growing:
@@ -119,8 +119,9 @@ class Growing:
 
     def _pieces(self, group: Sequence[Begun], position: int) -> Iterator[Sequence[Begun]]:
         """Restorations that run together: those that begin in neighbouring blocks."""
-        tokens = self._prompt.draws * (len(self._prompt.ids) - position)
-        size = max(1, TOGETHER // tokens)
+        draws, columns = self._prompt.draws, len(self._prompt.ids) - position
+        rows = min(TOGETHER // columns, LOGITS // self._view.vocabulary)
+        size = max(1, rows // draws)
         for start in range(0, len(group), size):
             yield group[start : start + size]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -28,6 +29,7 @@ from knowpatch.cli.locate.options import (
 from knowpatch.cli.options import Device, Dtype, Json, Model, Seed
 
 if TYPE_CHECKING:
+    from knowpatch.locate.averages import Curve
     from knowpatch.locate.rows import Row
     from knowpatch.locate.studies import Found
 
@@ -101,7 +103,7 @@ def _tell_severed(wanted: Wanted, row: Row) -> None:
 
     found = shares([row])
     if wanted.out is not None:
-        saved(curves_picture(found.effects, wanted.heading(row), wanted.unit), wanted.out)
+        saved(curves_picture(_named(found.effects), wanted.heading(row), wanted.unit), wanted.out)
     if wanted.as_json:
         screen.print_json({"model": wanted.model, **wanted.study.settings, **row})
         return
@@ -119,7 +121,8 @@ def _tell_many_severed(wanted: Wanted, found: Found) -> None:
 
     over = shares(found.rows)
     if wanted.out is not None:
-        saved(curves_picture(over.effects, wanted.heading_of(found), wanted.unit), wanted.out)
+        title = wanted.heading_of(found)
+        saved(curves_picture(_named(over.effects), title, wanted.unit), wanted.out)
     plain: dict[str, Any] = {
         "severed": {cut: curve.facts() for cut, curve in over.effects.items()},
         "lost": {cut: curve.facts() for cut, curve in over.lost.items()},
@@ -136,3 +139,8 @@ def _tell_many_severed(wanted: Wanted, found: Found) -> None:
             f"{effects.interval(share)}"
         )
     effects.show_files(console, wanted)
+
+
+def _named(curves: Mapping[str, Curve]) -> dict[str, Curve]:
+    """Curves by what a legend calls them."""
+    return {f"{cut} severed": curve for cut, curve in curves.items()}
