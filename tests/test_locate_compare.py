@@ -122,6 +122,11 @@ def test_facts_bring_their_wordings(tmp_path):
 # -- comparing -------------------------------------------------------------------------------------
 
 
+def _compare(own, made):
+    """With facts that have nothing in common."""
+    return compare(own, made, [[i != j for j in range(len(own))] for i in range(len(own))])
+
+
 def _curves(count, blocks=8, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return list(torch.rand(count, blocks, generator=generator))
@@ -132,22 +137,22 @@ def test_a_locator_that_finds_the_fact_is_told_from_one_that_finds_the_subject()
     own, other = _curves(30), _curves(30, seed=1)
     near = [x + 0.01 * y for x, y in zip(own, other, strict=True)]
     made = [{FACT: [a], SUBJECT: [b]} for a, b in zip(near, other, strict=True)]
-    found = compare(own, made)
+    found = _compare(own, made)
     assert found.kinds[FACT].rsim[2].mean > 0.9
     assert found.kinds[SUBJECT].rsim[2].mean < 0.3
     assert found.kinds[FACT].correlation.mean > 0.95
     assert found.difference.difference.low > 0
     assert found.verdict.startswith("what is located belongs to the fact")
-    both = compare(own, [{FACT: [a], SUBJECT: [a]} for a in near])
+    both = _compare(own, [{FACT: [a], SUBJECT: [a]} for a in near])
     assert both.verdict.startswith("what is located does not tell")
-    none = compare(own, [{SUBJECT: [a]} for a in near])
+    none = _compare(own, [{SUBJECT: [a]} for a in near])
     assert "cannot be told" in none.verdict
 
 
 def test_rsim_is_the_plain_double_loop():
     """Over facts and pairs of facts, with sets."""
     own, other = _curves(6), _curves(6, seed=3)
-    found = compare(own, [{FACT: [x]} for x in other]).kinds[FACT]
+    found = _compare(own, [{FACT: [x]} for x in other]).kinds[FACT]
 
     def top(scores, n):
         return set(sorted(range(8), key=lambda i: (-float(scores[i]), i))[:n])
@@ -162,21 +167,33 @@ def test_rsim_is_the_plain_double_loop():
 def test_the_same_blocks_for_everything_are_no_likeness():
     """A locator that always says the same has RSim 0, whatever it correlates with."""
     same = [torch.arange(8.0)] * 5
-    found = compare(same, [{FACT: [same[0]]}] * 5).kinds[FACT]
+    found = _compare(same, [{FACT: [same[0]]}] * 5).kinds[FACT]
     assert {summary.mean for summary in found.rsim} == {0.0}
     assert found.rsim_ranks.mean == 0
     assert found.peak.mean == 7
+
+
+def test_all_pairs_are_those_with_nothing_in_common():
+    """Facts that are alike, and one apart: only pairs with that one count."""
+    near, far = torch.arange(8.0), torch.arange(8.0).flip(0)
+    own = [near, near, near, far]
+    apart = [[(i == 3) != (j == 3) for j in range(4)] for i in range(4)]
+    made = [{FACT: [near]}, {FACT: [far]}] * 2
+    assert compare(own, made, apart).kinds[FACT].rsim[0].mean == pytest.approx(0.75)  # over 0
+    assert _compare(own, made).kinds[FACT].rsim[0].mean == pytest.approx(0.5)  # over a half
+    with pytest.raises(DataError, match="no two facts differ"):
+        compare(own, [{FACT: [one]} for one in own], [[False] * 4] * 4)
 
 
 def test_what_cannot_be_located_is_left_out_and_counted():
     """Facts and prompts; too few that can be are refused."""
     own = [*_curves(4), None]
     made = [{FACT: [torch.rand(8)], SUBJECT: [None]} for _ in range(5)]
-    found = compare(own, made)
+    found = _compare(own, made)
     assert (found.facts, found.left_out) == (4, 6)
     assert SUBJECT not in found.kinds
     with pytest.raises(DataError, match="only 2 facts"):
-        compare([*_curves(2), None], made[:3])
+        _compare([*_curves(2), None], made[:3])
 
 
 # -- locating --------------------------------------------------------------------------------------

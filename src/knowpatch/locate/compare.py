@@ -173,17 +173,21 @@ def compared(
     return compare(
         [scores[bare(fact)] for fact in facts],
         [{kind: [scores[one] for one in more] for kind, more in some.items()} for some in made],
+        [[_apart(one, other) for other in facts] for one in facts],
     )
 
 
 def compare(
-    own: Sequence[Tensor | None], made: Sequence[Mapping[str, Sequence[Tensor | None]]]
+    own: Sequence[Tensor | None],
+    made: Sequence[Mapping[str, Sequence[Tensor | None]]],
+    apart: Sequence[Sequence[bool]],
 ) -> Comparison:
     """Compare located prompts.
 
     Args:
         own: scores (L) of each fact's own prompt.
         made: for each fact, by kind, those of the prompts that `variants` made.
+        apart: which two facts have nothing in common, so that they are among all pairs.
 
     Raises:
         DataError: too few prompts could be located.
@@ -197,7 +201,8 @@ def compare(
     related = {
         kind: [[x for x in made[i].get(kind, ()) if x is not None] for i in kept] for kind in KINDS
     }
-    kinds = {kind: _kind(own_PL, some) for kind, some in related.items() if any(some)}
+    apart_PP = torch.tensor([[apart[i][j] for j in kept] for i in kept])
+    kinds = {kind: _kind(own_PL, some, apart_PP) for kind, some in related.items() if any(some)}
     nearest = FACT if FACT in kinds else CHAIN
     difference = None
     if nearest in kinds and SUBJECT in kinds:
@@ -207,16 +212,16 @@ def compare(
     return Comparison(len(kept), left_out, own_PL.shape[1], flat, kinds, nearest, difference)
 
 
-def _kind(own_PL: Tensor, related: Sequence[Sequence[Tensor]]) -> Kind:
+def _kind(own_PL: Tensor, related: Sequence[Sequence[Tensor]], apart_PP: Tensor) -> Kind:
     most = min(MOST, own_PL.shape[1] - 1)
     rsims = []
     for n in range(1, most + 1):
-        rsims.append(_sure(bootstrap(_likenesses(own_PL, related, n), combined)))
+        rsims.append(_sure(bootstrap(_likenesses(own_PL, related, apart_PP, n), combined)))
     peak, centre, curve = _described(related)
     return Kind(
         sum(map(len, related)),
         tuple(rsims),
-        _sure(bootstrap(_likenesses(own_PL, related, None), combined)),
+        _sure(bootstrap(_likenesses(own_PL, related, apart_PP, None), combined)),
         _sure(bootstrap(_correlations(own_PL, related))),
         peak,
         centre,
@@ -225,25 +230,28 @@ def _kind(own_PL: Tensor, related: Sequence[Sequence[Tensor]]) -> Kind:
 
 
 def _sure(summary: Summary | None) -> Summary:
-    assert summary is not None, "a kind has prompts of one fact at least"
+    if summary is None:
+        raise DataError("no two facts differ in both subject and relation: nothing to compare with")
     return summary
 
 
-def _likenesses(own_PL: Tensor, related: Sequence[Sequence[Tensor]], n: int | None) -> Records:
+def _likenesses(
+    own_PL: Tensor, related: Sequence[Sequence[Tensor]], apart_PP: Tensor, n: int | None
+) -> Records:
     """For each fact, how alike its own prompt and the related ones are, and those of other facts:
     by the n highest blocks, or by the ranks of all."""
 
     def alike(one: Tensor, other: Tensor) -> Tensor:
         return spearman(one, other) if n is None else overlap(one, other, n)
 
-    every_PP, count = alike(own_PL, own_PL), len(own_PL)
+    every_PP = alike(own_PL, own_PL)
     records: list[dict[str, float] | None] = []
     for number, some in enumerate(related):
-        record = {EVERY: float((every_PP[number].sum() - every_PP[number, number]) / (count - 1))}
+        others = every_PP[number][apart_PP[number]]
+        record = {EVERY: float(others.mean())} if len(others) else {}
         if some:
-            record[RELATED] = float(
-                alike(own_PL[number : number + 1], torch.stack(list(some))).mean()
-            )
+            mine = own_PL[number : number + 1]
+            record[RELATED] = float(alike(mine, torch.stack(list(some))).mean())
         records.append(record)
     return records
 
