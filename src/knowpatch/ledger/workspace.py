@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import shutil
@@ -86,9 +87,9 @@ class Workspace:
 
     def refresh(self) -> History:
         """Read what other processes have added."""
-        self._store.refresh()
-        self.history.add(self._store.events[self.history.number :])
-        return self.history
+        with _nothing_collected():
+            self._store.refresh()
+            return self.history.add(self._store.events[self.history.number :])
 
     @property
     def events(self) -> Sequence[Event]:
@@ -339,3 +340,16 @@ def _kinds(patch: Patch) -> list[str]:
     """What a patch holds beside weights: the kinds of its rule, procedure and wraps."""
     parts = (patch.rule, patch.procedure, *patch.wraps)
     return sorted({part.kind for part in parts if part is not None})
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Without Python's search for cycles: of ten thousand new events none is garbage, and walking
+    them again and again would take as long as reading them."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
