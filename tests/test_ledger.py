@@ -373,6 +373,30 @@ def test_a_lost_copy_is_made_anew_from_the_other(tmp_path: Path, lost: str):
     assert repair(workspace.folder) == (4, None)
 
 
+def test_a_repair_can_be_stopped_at_any_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Before each of its renames: what is there then can be mended again, with nothing lost."""
+    workspace = filled(tmp_path, 3)
+    before = list(workspace.events)
+    for stop in range(2):
+        data = workspace.folder / DATABASE
+        data.write_bytes(data.read_bytes()[:5000])
+        calls = []
+
+        def replace(source, target, calls=calls, stop=stop, real=os.replace):
+            calls.append(target)
+            if len(calls) > stop:
+                raise KeyboardInterrupt
+            real(source, target)
+
+        monkeypatch.setattr(os, "replace", replace)
+        with pytest.raises(KeyboardInterrupt):
+            repair(workspace.folder)
+        monkeypatch.undo()
+        assert repair(workspace.folder)[0] == 4
+        assert list(Workspace(workspace.folder).events) == before
+        assert not verify(workspace.folder).faults
+
+
 def test_what_is_damaged_in_both_copies_stays_as_it_is(tmp_path: Path):
     """No event is dropped to make a chain whole: repair refuses and changes nothing."""
     workspace = filled(tmp_path, 3)

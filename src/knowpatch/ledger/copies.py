@@ -7,8 +7,8 @@ whatever either copy still holds, and moves the damaged files aside: nothing is 
 from __future__ import annotations
 
 import contextlib
-import os
 import sqlite3
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from knowpatch.errors import DataError
 from knowpatch.files import plain_storage_errors
 from knowpatch.ledger.chain import Event, Stored, joined, linked
 from knowpatch.ledger.history import History
-from knowpatch.ledger.store import DATABASE, TEXT, connect, stored_in, write_anew
+from knowpatch.ledger.store import DATABASE, JOURNAL, TEXT, connect, stored_in, write_anew
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,9 @@ def _in_text(folder: Path) -> list[Stored]:
 
 
 def repair(folder: Path) -> tuple[int, Path | None]:
-    """Put the chain together from both copies, and write both anew; the damaged ones move aside.
+    """Put the chain together from both copies, and write both anew; the old ones are kept aside.
+
+    No one else should write meanwhile. Stopped at any moment, it can be done again.
 
     Returns:
         How many events there are, and the folder that the old copies are in (None: nothing to do).
@@ -121,12 +123,11 @@ def repair(folder: Path) -> tuple[int, Path | None]:
     whole = [(event.hash, event.line) for event in events]
     if copies == [whole, whole] and not _broken(folder):
         return len(events), None
-    aside = folder / f"damaged-{strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    with plain_storage_errors(aside):
-        aside.mkdir()
-        for name in (f"{DATABASE}-journal", DATABASE, TEXT):
+    with plain_storage_errors(folder):
+        aside = Path(tempfile.mkdtemp(prefix=f"damaged-{strftime('%Y%m%d')}-", dir=folder))
+        for name in (JOURNAL, DATABASE, TEXT):
             if (folder / name).exists():
-                os.replace(folder / name, aside / name)
+                (aside / name).write_bytes((folder / name).read_bytes())
         write_anew(folder, events)
     return len(events), aside
 

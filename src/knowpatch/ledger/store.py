@@ -20,6 +20,8 @@ from knowpatch.files import plain_storage_errors, write_atomically
 from knowpatch.ledger.chain import Event, Stored, linked, written
 
 DATABASE, TEXT = "history.db", "history.jsonl"
+JOURNAL = f"{DATABASE}-journal"
+"""Where sqlite keeps what an unfinished transaction would go back to."""
 WAIT = 60.0
 """Seconds that a writer waits for others."""
 HEAD, MIDDLE, TAIL = '{"event":', ',"hash":"', '"}\n'
@@ -179,6 +181,8 @@ def write_anew(folder: Path, events: Sequence[Event]) -> None:
         rows = [(event.number, event.hash, event.line) for event in events]
         db.executemany("INSERT INTO events VALUES (?, ?, ?)", rows)
         db.commit()
+    # The journal is the old database's: it must not be rolled back into the new one.
+    (folder / JOURNAL).unlink(missing_ok=True)
     os.replace(fresh, folder / DATABASE)
 
 
