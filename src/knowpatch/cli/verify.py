@@ -30,9 +30,9 @@ def run(
 ) -> None:
     """Check the history's chain and every file of the workspace; exit code 1 if one is broken."""
     from knowpatch.ledger.copies import repair as mend
+    from knowpatch.ledger.place import folder_here
     from knowpatch.ledger.signing import public_key
     from knowpatch.ledger.verify import verify
-    from knowpatch.ledger.workspace import folder_here
 
     folder = folder_here()
     keys = [public_key(key) for key in signed_by or ()]

@@ -41,7 +41,8 @@ was computed on what), standing (a model brought to a state, and asked there), r
 
 from knowpatch.ledger.history import BASE, NOW, Edit, History
 from knowpatch.ledger.notes import Circumstances, Note
-from knowpatch.ledger.workspace import FOLDER, NOWHERE, Workspace
+from knowpatch.ledger.place import FOLDER, NOWHERE
+from knowpatch.ledger.workspace import Workspace
 
 __all__ = [
     "BASE",

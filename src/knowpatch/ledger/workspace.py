@@ -18,29 +18,13 @@ from knowpatch.ledger import blobs
 from knowpatch.ledger.chain import Event, written
 from knowpatch.ledger.history import BASE, FORMAT, NOW, Edit, History
 from knowpatch.ledger.notes import Circumstances, Note, today
+from knowpatch.ledger.place import FOLDER, folder_above, folder_here
 from knowpatch.ledger.signing import check_signed
 from knowpatch.ledger.store import Store, write_anew
 
 if TYPE_CHECKING:
     from knowpatch.ledger.signing import Signer
     from knowpatch.patch import Patch
-
-FOLDER = ".knowpatch"
-NOWHERE = "no .knowpatch here or above; run knowpatch init"
-
-
-def folder_above(start: Path | None = None) -> Path | None:
-    """The `.knowpatch` of a folder (by default the current one) or of the nearest one above it."""
-    place = (start or Path.cwd()).absolute()
-    found = (folder / FOLDER for folder in (place, *place.parents))
-    return next((folder for folder in found if folder.is_dir()), None)
-
-
-def folder_here() -> Path:
-    """As `folder_above`; InputError where there is none."""
-    if (found := folder_above()) is None:
-        raise InputError(NOWHERE)
-    return found
 
 
 class Workspace:
