@@ -21,6 +21,7 @@ from knowpatch.editing import load
 from knowpatch.export.ship import TARGETS
 from knowpatch.export.table import MEANING
 from knowpatch.method import METHODS
+from knowpatch.request import EditRequest
 
 LOUD = ("--method", "rome", "--set", "layer=0", "--set", "clamp=4", "--set", "moments=identity")
 LOUD += ("--set", "kl_factor=0")
@@ -93,18 +94,26 @@ def test_into_an_empty_folder_for_a_person(patches: Path, folder: Path, tmp_path
 
 
 @pytest.mark.filterwarnings("ignore")  # peft's
-def test_an_adapter_that_loses_the_edit_ends_with_1(
-    patches: Path, folder: Path, tmp_path: Path
-) -> None:
-    """A full-rank edit cut down to rank one: what is lost is stated, and the exit code is 1."""
+def test_an_adapter_of_a_full_rank_edit(patches: Path, folder: Path, tmp_path: Path) -> None:
+    """Cut down to rank one: what is left out and what moves is told; at full rank, nothing is."""
     given = ("--patch", patches / "full.patch", "--model", folder)
-    whole = run("export", *given, "--to", "peft", "whole", "--rank", "48", cwd=tmp_path)
-    assert whole.code == 0
+    told = shipped(*given, "--to", "peft", "whole", "--rank", "48", cwd=tmp_path)
+    assert told["parity"]["controls_difference"] < 1e-4
     result = run("export", *given, "--to", "peft", "cut", "--rank", "1", cwd=tmp_path)
     assert "truncated: the factors leave out" in result.out
-    lost = f"lost      {FRANCE[1]}" in result.out
-    assert result.code == int(lost)
-    assert ("0 of 1 answered" in result.out) == lost
+    assert "0 of 20 go on otherwise" not in result.out
+
+
+def test_an_edit_that_is_lost_ends_with_1(folder: Path, tmp_path: Path) -> None:
+    """Text that a model of four blocks makes nothing of: the edit is named, and the code is 1."""
+    odd = EditRequest(prompt="The sum of all numbers is", target="seventeen purple zebras")
+    patch_of(load(str(folder)), request=odd).save(tmp_path / "odd.patch")
+    given = ("--patch", "odd.patch", "--model", folder)
+    result = run("export", *given, "--to", "context", "facts.txt", cwd=tmp_path)
+    assert result.code == 1
+    assert "0 of 1 answered" in result.out
+    assert f"lost      {odd.prompt}" in result.out
+    assert (tmp_path / "facts.txt").is_file()
 
 
 @pytest.mark.filterwarnings("ignore")
