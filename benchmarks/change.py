@@ -100,7 +100,11 @@ def table(rows: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> None:
         for k in KS:
             for when in ("before", "after", "random"):
                 cells = [
-                    told([hit(row["new"][way], k, when) for row in some if row["telling"]], 100.0)
+                    told(
+                        [hit(row["new"][way], k, when) for row in some if row["telling"]],
+                        100.0,
+                        share=when != "random",
+                    )
                     for some in mine.values()
                 ]
                 print(f"| Hit@{k} {when}, {way}, % | {' | '.join(cells)} |")
@@ -110,9 +114,8 @@ def hit(ranks: Mapping[str, Any], k: int, when: str) -> float:
     return Ranks(**{**ranks, "random": tuple(ranks["random"])}).hits(k)[when]
 
 
-def told(values: Sequence[float], scale: float) -> str:
-    """A mean with its interval."""
-    share = set(values) <= {0.0, 1.0}
+def told(values: Sequence[float], scale: float, *, share: bool = False) -> str:
+    """A mean with its interval; `share`: of ones among zeros and ones."""
     found = bootstrap([{"value": value} for value in values], share=share)
     if found is None:
         return "–"
