@@ -78,6 +78,24 @@ def test_a_full_suite_is_read(tmp_path: Path):
         suite.general()
 
 
+@pytest.mark.parametrize("number", ["010", "12:30", "1.50", "1_000", "0x1F", "-5", ".inf", "4711"])
+def test_a_number_that_is_a_text_is_as_it_was_written(tmp_path: Path, number: str):
+    """A time is not its minutes, and a code with a zero in front no octal number."""
+    lines = (
+        f"change: [{{prompt: {number}, answer: [{number}, b], gone: {number}1}}]",
+        f"keep: [{number}2]",
+        "thresholds: {keep: 0.50}",
+        "multiple_choice: {fall: 0.10, questions: 20}",
+    )
+    suite = read_suite(written(tmp_path, "\n".join(lines)))
+    (change,), (keep,) = suite.change, suite.keep
+    assert (change.prompt, change.answer, change.gone) == (number, (number, "b"), (f"{number}1",))
+    assert keep.prompt == f"{number}2"
+    assert suite.thresholds.keep == 0.5
+    assert suite.multiple_choice is not None
+    assert (suite.multiple_choice.fall, suite.multiple_choice.questions) == (0.1, 20)
+
+
 def test_what_is_written_is_read_back(tmp_path: Path):
     """A suite comes back as it was, and as little of it is written as says it."""
     suite = make_suite(yaml.safe_load(FULL))
@@ -107,6 +125,7 @@ def test_what_is_written_is_read_back(tmp_path: Path):
         ('keep: ["\\ud800"]', "keep, entry 1, prompt: is not text (half of a surrogate pair)"),
         ("change: [a]", "change, entry 1: should be fields: prompt, answer, chat, gone"),
         ("change: [{prompt: a}]", "change, entry 1: wants nothing; give its answer, or what must"),
+        ("change: [{prompt: a, answer: b, gone: b}]", "change, entry 1: 'b' is wanted and must be"),
         ("change: [{prompt: a, answer: b}]\nkeep: [a]", "keep, entry 1: 'a' is to change as well"),
         ("keep: [a]\nthresholds: {keep: 2}", "thresholds, keep: should be less than or equal to 1"),
         ("keep: [a]\nthresholds: {keep: yes}", "thresholds, keep: should be a valid number"),

@@ -55,7 +55,24 @@ def _several(value: Any) -> Any:
     return value if isinstance(value, list | tuple) else [value]
 
 
-Text = Annotated[str, AfterValidator(_filled)]
+class _Int(int):
+    """A number of a YAML file, with how it stands there."""
+
+    written = ""
+
+
+class _Float(float):
+    """A number of a YAML file, with how it stands there."""
+
+    written = ""
+
+
+def _as_written(value: Any) -> Any:
+    """A text that YAML takes for a number as it stands in the file: 010, not 8; 12:30, not 750."""
+    return value.written if isinstance(value, _Int | _Float) else value
+
+
+Text = Annotated[str, BeforeValidator(_as_written), AfterValidator(_filled)]
 Texts = Annotated[tuple[Text, ...], BeforeValidator(_several)]
 Share = Annotated[float, Field(ge=0, le=1, strict=True, allow_inf_nan=False)]
 
@@ -93,6 +110,8 @@ class Change(Keep):
     def _wants(self) -> Change:
         if not self.answer and not self.gone:
             raise ValueError("wants nothing; give its answer, or what must be gone")
+        if both := set(self.answer) & set(self.gone):
+            raise ValueError(f"{min(both)!r} is wanted and must be gone; strike out one of the two")
         return self
 
 
@@ -123,11 +142,15 @@ class MultipleChoice(Part):
     file: Path | None = None
 
 
+_Alone = (str, _Int, _Float)
+"""What is a prompt without any field."""
+
+
 def _asked(value: Any) -> Any:
     """Questions, of which some are only their prompt."""
     if not isinstance(value, list | tuple):
         return value
-    return [{"prompt": one} if isinstance(one, str) else one for one in value]
+    return [{"prompt": one} if isinstance(one, _Alone) else one for one in value]
 
 
 class Suite(Part):
@@ -244,7 +267,18 @@ def _named(path: Path, message: str) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a field that comes twice, the first of which would silently be lost."""
+    """Refuses a field that comes twice, the first of which would silently be lost; numbers know how
+    they were written."""
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        number = _Int(super().construct_yaml_int(node))
+        number.written = node.value
+        return number
+
+    def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
+        number = _Float(super().construct_yaml_float(node))
+        number.written = node.value
+        return number
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -254,6 +288,10 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             seen.add(str(key.value))
         return super().construct_mapping(node, deep)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)
 
 
 def write_suite(suite: Suite, path: Path) -> Path:
