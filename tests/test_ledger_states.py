@@ -200,6 +200,40 @@ def test_what_is_replaced_from_a_day_on_is_live_until_then(australia):
     assert Workspace(workspace.folder).history.live(date(2030, 1, 20))[0].id == new.id
 
 
+def test_an_edit_that_is_taken_back_ends_none(australia):
+    """Its forerunner has its own days again, until it is applied again; nothing else changes."""
+    workspace, old = australia
+    made = Circumstances(workspace.history.number, valid_from=date(2030, 1, 20))
+    (new,) = workspace.record([(patch(3), made)], ends={old.id: "2030-01-19"})
+    assert (old.last_day, old.rescheduled) == ("2030-01-19", True)
+    workspace.move(reverts=[new])
+    assert workspace.live(date(2031, 1, 1)) == [old]
+    assert (old.last_day, old.rescheduled) == (None, False)
+    assert ids(Workspace(workspace.folder).history.live(date(2031, 1, 1))) == [old.id]
+    workspace.move(applies=[new])
+    assert workspace.live(date(2031, 1, 1)) == [new]
+    again = Circumstances(workspace.history.number, instead_of=new.id, valid_from=date(2030, 1, 20))
+    (anew,) = workspace.record([(patch(4), again)], reverts=[new])
+    assert old.last_day == "2030-01-19"
+    workspace.move(reverts=[anew])
+    assert old.last_day is None
+
+
+def test_of_an_own_last_day_and_a_followers_the_earlier_counts(tmp_path: Path):
+    """Two that follow an edit: each ends it for as long as it is live."""
+    workspace = Workspace.create(tmp_path)
+    old = record(workspace, patch(1), valid_until=date(2033, 1, 1))
+    later, sooner = (
+        workspace.record([(patch(n), Circumstances(None))], ends={old.id: day})[0]
+        for n, day in ((2, "2032-01-01"), (3, "2031-01-01"))
+    )
+    assert old.last_day == "2031-01-01"
+    workspace.move(reverts=[sooner])
+    assert old.last_day == "2032-01-01"
+    workspace.move(reverts=[later])
+    assert old.last_day == "2033-01-01"
+
+
 # -- weights ---------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ from knowpatch.cli.columns import columns
 from knowpatch.cli.options import Day, Json, day_of
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from datetime import date
 
     from knowpatch.ledger import Edit, Workspace
@@ -30,9 +31,12 @@ def run(
     as_json: Json = False,
 ) -> None:
     """List the edits of the workspace, the newest first."""
+    from knowpatch.errors import OptionError
     from knowpatch.ledger import Workspace
     from knowpatch.ledger.notes import today
 
+    if events and (live or on):
+        raise OptionError("give either --events, or --live or --on: events are of all days")
     day = day_of(on, "--on") or today()
     workspace = Workspace.here()
     if events:
@@ -45,7 +49,7 @@ def run(
         screen.print_json([facts(edit, day) for edit in shown])
         return
     if not edits:
-        screen.say("no edit yet; make one: knowpatch edit PROMPT --subject S --target T -m REASON")
+        screen.say(_none(workspace, day))
         return
     head = ("id", "time", "author", "method", "state", "prompt → target", "reason")
     rows = [head, *(_row(edit, day) for edit in shown)]
@@ -53,6 +57,12 @@ def run(
         screen.say(line)
     if len(shown) < len(edits):
         screen.say(f"... and {len(edits) - len(shown)} earlier; -n N or --all shows more")
+
+
+def _none(workspace: Workspace, day: date) -> str:
+    if workspace.history.edits:
+        return f"no edit is live on {day}; knowpatch log lists all"
+    return "no edit yet; make one: knowpatch edit PROMPT --subject S --target T -m REASON"
 
 
 def facts(edit: Edit, day: date) -> dict[str, Any]:
@@ -125,16 +135,20 @@ def what(event: Event, workspace: Workspace) -> str:
     if event.kind == "edit":
         edit = workspace.history.edits[body["patch"]]
         gone = f", reverts {_names(body['reverts'])}" if body["reverts"] else ""
-        return f"edit {edit.short}{gone}: {edit.says}"
+        return f"edit {edit.short}{gone}{_ended(body)}: {edit.says}"
     if event.kind == "tag":
         return f"tag {body['name']}"
     if event.kind in ("apply", "revert"):
         parts = [f"apply {_names(body['applies'])}"] if body["applies"] else []
         parts += [f"revert {_names(body['reverts'])}"] if body["reverts"] else []
-        return ", ".join(parts)
+        return ", ".join(parts) + _ended(body)
     if event.kind == "trust":
         return f"trust {len(body['keys'])} key(s)"
     return f"init, for {body['model'] or 'the bundled model'}"
+
+
+def _ended(body: Mapping[str, Any]) -> str:
+    return "".join(f", ends {name[:12]} on {day}" for name, day in body["ends"].items())
 
 
 def _names(ids: list[str]) -> str:

@@ -33,7 +33,8 @@ class Edit:
         place: where it stands among the live ones.
         spans: from which event on it was live, up to which (None: still).
         touched: the events that say anything of it.
-        first_day, last_day: on which it is live; None for no limit.
+        first_day, final_day: on which it is live by itself; None for no limit.
+        ended_by: the edits that follow it, while they are live, each with the day before.
     """
 
     event: Event
@@ -41,14 +42,23 @@ class Edit:
     spans: list[tuple[int, int | None]] = field(default_factory=list)
     touched: list[Event] = field(default_factory=list)
     first_day: str | None = None
-    last_day: str | None = None
+    final_day: str | None = None
+    ended_by: dict[Edit, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.set_period(self.recorded)
 
     def set_period(self, body: Mapping[str, Any]) -> None:
         """The days that an event names."""
-        self.first_day, self.last_day = body["valid_from"], body["valid_until"]
+        self.first_day, self.final_day = body["valid_from"], body["valid_until"]
+        self.ended_by.clear()
+
+    @property
+    def last_day(self) -> str | None:
+        """The last day on which it is live; None for no limit. An edit that follows it ends it,
+        and no longer does when that is taken back."""
+        days = [day for edit, day in self.ended_by.items() if edit.live]
+        return min([*days, *([self.final_day] if self.final_day else [])], default=None)
 
     @property
     def rescheduled(self) -> bool:
@@ -139,10 +149,11 @@ class History:
             self._add_edit(event)
         elif event.kind in ("apply", "revert"):
             self._take_back(event)
-            for name in body["applies"]:
-                self._begin(event, self.edits[name])
+            for edit in [self.edits[name] for name in body["applies"]]:
+                self._begin(event, edit)
                 if "valid_from" in body:  # edited again, for other days
-                    self.edits[name].set_period(body)
+                    edit.set_period(body)
+                self._end(event, edit)
         elif event.kind == "tag":
             self.tags[str(body["name"])] = int(body["at"])
         elif event.kind == "trust":
@@ -164,6 +175,9 @@ class History:
         self._take_back(event)
         self.edits[edit.id] = edit
         self._begin(event, edit)
+        self._end(event, edit)
+        if stands_for:
+            self._inherit(self.edits[stands_for], edit)
         self.fingerprint = self.fingerprint or body["fingerprint"]
 
     def _begin(self, event: Event, edit: Edit) -> None:
@@ -176,9 +190,18 @@ class History:
             if edit.live:
                 edit.spans[-1] = (edit.spans[-1][0], event.number)
             edit.touched.append(event)
+
+    def _end(self, event: Event, by: Edit) -> None:
+        """Some edits are live until the day before `by`."""
         for name, day in event.body["ends"].items():
-            self.edits[name].last_day = str(day)
+            self.edits[name].ended_by[by] = str(day)
             self.edits[name].touched.append(event)
+
+    def _inherit(self, old: Edit, new: Edit) -> None:
+        """What an edit ended, the one that was made anew in its place ends."""
+        for edit in self.edits.values():
+            if old in edit.ended_by:
+                edit.ended_by[new] = edit.ended_by[old]
 
     # -- looking up --------------------------------------------------------------------------------
 
