@@ -6,15 +6,18 @@ import json
 import shutil
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 
 import pytest
 import tiny
-from ledgers import filled
+from ledgers import filled, patch, record
 from shell import FRANCE, TARGET, Result, files, refuse, run
 
-from knowpatch.ledger import Workspace
+from knowpatch.ledger import Circumstances, Workspace
+from knowpatch.ledger.place import same_model
 from knowpatch.ledger.store import TEXT
+from knowpatch.models.origin import BUNDLED
 
 LEARN = ("--set", "learning_rate=0.01")
 NILE = ("edit", "The Nile flows through", "--subject", "Nile", "--target", "Tokyo")
@@ -41,6 +44,11 @@ LIGHT = [
 def ids(cwd: Path) -> list[str]:
     """All edits, the newest first."""
     return [edit["id"] for edit in run("log", "--json", cwd=cwd).json()]
+
+
+def ids_on(day: str, cwd: Path) -> list[str]:
+    """Those that are live on a day."""
+    return [edit["id"] for edit in run("log", "--on", day, "--json", cwd=cwd).json()]
 
 
 @pytest.fixture(scope="module")
@@ -210,10 +218,53 @@ def test_bad_days_and_empty_reasons_are_refused(tmp_path: Path):
     days = ("--valid-from", "2026-02-01", "--valid-until", "2026-01-01")
     assert "is before" in refuse(*FRANCE, *days, cwd=tmp_path)
     assert "reason is empty" in refuse(*FRANCE, "-m", " ", cwd=tmp_path)
+    for option in ("--reason", "--author", "--source"):  # found before the model is loaded
+        assert "not text in UTF-8" in refuse(*FRANCE, option, "\udcff", cwd=tmp_path)
+    assert "source is empty" in refuse(*FRANCE, "--source", " ", cwd=tmp_path)
     assert "UTF-8" in refuse("init", "--author", "\ud800", cwd=tmp_path / ".knowpatch")
     assert "exists already" in refuse("init", cwd=tmp_path)
     assert "no such model" in refuse("init", "x", "--model", "./nowhere", cwd=tmp_path)
     assert "is for some/model" in refuse(*FRANCE, "--model", "other/model", cwd=tmp_path)
+
+
+def test_a_workspace_is_made_for_a_model_that_can_be_there(folder: Path, tmp_path: Path):
+    """A path to nowhere, or no name, is refused; what is taken for a hub id is so called."""
+    (tmp_path / "file").write_text("x")
+    for model, says in (("", "name is empty"), ("gone.gguf", "no such GGUF"), ("file", "a .gguf")):
+        assert says in refuse("init", "--model", model, cwd=tmp_path)
+    assert refuse("init", "file", cwd=tmp_path) == "file: is a file; name a folder"
+    assert "hub id" in run("init", "--model", "misspelt", cwd=tmp_path).out
+    (tmp_path / "in").mkdir()
+    assert "hub id" not in run("init", "in", "--model", folder, cwd=tmp_path).out
+
+
+def test_a_model_is_the_workspaces_however_it_is_spelt(folder: Path, tmp_path: Path):
+    """From below, from the folder itself, as a whole path; another is refused before it is read."""
+    shutil.copytree(folder, tmp_path / "m")
+    (tmp_path / "sub").mkdir()
+    run("init", "--model", "m", cwd=tmp_path)
+    for place, name in (("sub", "../m"), (".", "./m"), (".", "m/"), (".", tmp_path / "m")):
+        result = run(*FRANCE, "--model", name, "--dry-run", cwd=tmp_path / place)
+        assert result.code == 0, result
+    assert "is for m" in refuse(*FRANCE, "--model", folder, "--dry-run", cwd=tmp_path)
+    root = tmp_path / "sub"
+    assert same_model(BUNDLED, None, root)
+    assert same_model(BUNDLED, BUNDLED, root)
+    assert not same_model("some/model", None, root)
+
+
+def test_what_is_told_counts_right(tmp_path: Path):
+    """One event is not many; no live edit is not no edit; a tag is no option."""
+    workspace = filled(tmp_path, 0)
+    assert "; 1 event, 0 edits (0 live), head " in run("verify", cwd=tmp_path).out
+    assert "no edit yet" in run("log", "--live", cwd=tmp_path).out
+    edit = record(workspace, patch(1, weights=True), valid_from=date(2030, 1, 1))
+    assert "; 2 events, 1 edit (1 live), head " in run("verify", cwd=tmp_path).out
+    line = "no edit is live on 2029-12-31; knowpatch log lists all\n"
+    assert run("log", "--on", "2029-12-31", cwd=tmp_path).out == line
+    assert "1 parameter (block.weight), rank 1" in run("show", edit.id[:9], cwd=tmp_path).out
+    assert "cannot be a tag" in refuse("tag", "--", "-x", cwd=tmp_path)
+    assert "either --events" in refuse("log", "--events", "--live", cwd=tmp_path)
 
 
 def test_what_needs_no_model_loads_no_torch(tmp_path: Path):
@@ -392,6 +443,11 @@ def test_days_choose_which_edits_answer(copy: Path):
     lines = run("log", "--on", "2031-01-01", cwd=copy).out.splitlines()
     assert [line[:12] for line in lines[1:]] == [new[:12], second[:12]]
     assert "needs a workspace" in refuse("ask", "x", "--on", "2030-01-01", cwd=copy.parent)
+    assert f"ends {first[:12]} on 2030-01-19" in run("log", "--events", cwd=copy).out
+    run("revert", new, cwd=copy)  # and the old one answers for good
+    assert ids_on("2031-01-01", copy) == [second, first]
+    assert run("apply", new, cwd=copy).code == 0  # they do not meet: it ends the old one again
+    assert ids_on("2031-01-01", copy) == [new, second]
 
 
 def test_a_patch_file_is_taken_in(copy: Path, tmp_path_factory: pytest.TempPathFactory):
@@ -409,6 +465,43 @@ def test_a_patch_file_is_taken_in(copy: Path, tmp_path_factory: pytest.TempPathF
     foreign = filled(tmp_path_factory.mktemp("foreign"), 1)
     (other,) = (foreign.folder / "patches").iterdir()
     assert "another workspace" in refuse("apply", other, cwd=copy)
+
+
+def test_of_several_none_is_applied_before_all_are_good(copy: Path, tmp_path_factory):
+    """A file that is not there, or is live or meets one by then: the edit beside it stays back."""
+    second, first = ids(copy)
+    run("revert", first, "--no-ask", cwd=copy)
+    patches = copy / ".knowpatch" / "patches"
+    assert "no such patch file" in refuse("apply", first, "gone.safetensors", cwd=copy)
+    live = refuse("apply", first, patches / f"{second}.safetensors", cwd=copy)
+    assert f"edit {second[:12]} is live already" in live
+    line = refuse("apply", first, patches / f"{first}.safetensors", cwd=copy)
+    assert f"edit {first[:12]} is live already" in line
+    model = json.loads(run("log", "--events", "--json", cwd=copy).out)[-1]["model"]
+    beside = tmp_path_factory.mktemp("beside")
+    run(*CAIRO, "--method", "ice", "--model", model, "--out", "x.safetensors", cwd=beside)
+    assert first[:12] in refuse("apply", first, beside / "x.safetensors", cwd=copy)
+
+
+def test_two_that_say_the_same_are_not_applied_together(tmp_path: Path):
+    """Unawares; nor does the one take the other back that becomes live in the same step."""
+    workspace = filled(tmp_path, 1)
+    (first,) = workspace.live()
+    second = record(workspace, patch(0, target="another city"))
+    run("revert", "--to", "base", cwd=tmp_path)
+    for words in ((), ("--replace",)):
+        line = refuse("apply", first.id, second.id, *words, cwd=tmp_path)
+        assert f"has the words of edit {first.short}" in line
+        assert "which is named as well" in line
+    told = run("apply", first.id, second.id, "--force", "--json", cwd=tmp_path).json()
+    assert told["live"] == [first.id, second.id]
+    run("revert", "--to", "base", cwd=tmp_path)
+    made = Circumstances(None, valid_from=date(2030, 1, 20))
+    new = patch(0, target="a third city")
+    workspace.move(applies=[first])
+    (third,) = workspace.record([(new, made)], ends={first.id: "2030-01-19"})
+    run("revert", "--to", "base", cwd=tmp_path)
+    assert run("apply", first.id, third.id, cwd=tmp_path).code == 0
 
 
 def test_an_edit_is_applied_again_in_its_place(copy: Path):

@@ -141,6 +141,7 @@ def test_the_commands(tmp_path: Path):
     """A key, signatures of all that is live, trust, a refusal without, and verify by a key."""
     workspace = filled(tmp_path, 2)
     assert run("sign", "--new-key", "mine", cwd=tmp_path).code == 0
+    assert "--new-key signs none" in refuse("sign", "abc", "--new-key", "more", cwd=tmp_path)
     assert "not signed" in refuse("trust", "mine.pub", cwd=tmp_path)
     told = run("sign", "--key", "mine", "--json", cwd=tmp_path).json()
     assert told["signed"] == list(workspace.history.edits)
@@ -149,6 +150,11 @@ def test_the_commands(tmp_path: Path):
     record(filled(tmp_path / "elsewhere", 0), patch(7))
     (file,) = (tmp_path / "elsewhere").rglob("*.safetensors")
     assert "demands signatures" in refuse("apply", file, cwd=tmp_path)
+    first = next(iter(workspace.history.edits))
+    run("revert", first, cwd=tmp_path)
+    for words in ((file,), (file, "--sign", "nowhere")):  # nothing of it is done
+        assert refuse("apply", first, *words, cwd=tmp_path)
+    run("apply", first, cwd=tmp_path)
     assert run("apply", file, "--sign", "mine", cwd=tmp_path).code == 0
     assert run("verify", cwd=tmp_path).code == 0
     run("sign", "--new-key", "other", cwd=tmp_path)

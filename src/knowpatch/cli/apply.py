@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from knowpatch.ledger import Edit, History, Note, Workspace
     from knowpatch.ledger.signing import Signer
+    from knowpatch.patch import Patch
 
 ENDING = ".safetensors"
 
@@ -41,21 +42,28 @@ def run(
 
     if replace and force:
         raise OptionError("give either --replace or --force")
-    workspace, note = Workspace.here(), note_of(author, reason)
+    workspace, note, signer = Workspace.here(), note_of(author, reason), signer_of(sign)
     files = [Path(name) for name in names if name.endswith(ENDING) or Path(name).is_file()]
+    files = list(dict.fromkeys(files))
     edits = [workspace.history.edit(name) for name in names if Path(name) not in files]
     edits = list(dict.fromkeys(edits))
+    # Of several, none is applied before all are known to be good.
+    patches = [_read(workspace, file, edits, signer, replace, force) for file in files]
     gone: list[Edit] = []
 
     def also(history: History) -> list[Edit]:
-        for edit in edits:
-            gone.extend(_met(history, edit.requests, edit, replace=replace, force=force))
+        for number, edit in enumerate(edits):
+            first = edits[:number]
+            met = _met(history, edit.requests, edit, replace=replace, force=force, beside=first)
+            gone.extend(other for other in met if other not in gone)
         return gone
 
     if edits:
         workspace.move(applies=edits, note=note, also=also)
-    signer = signer_of(sign)
-    taken = [_take_in(workspace, file, note, signer, gone, replace, force) for file in files]
+    taken = [
+        _take_in(workspace, patch, file, note, signer, gone, replace, force)
+        for patch, file in zip(patches, files, strict=True)
+    ]
     _tell(workspace, [*edits, *taken], gone, as_json=as_json)
 
 
@@ -67,24 +75,70 @@ def _met(
     replace: bool,
     force: bool,
     chat: bool = False,
+    beside: Sequence[Edit] = (),
 ) -> list[Edit]:
-    """The live edits that are taken back for one that says the same otherwise; or a refusal."""
+    """The live edits that are taken back for one that says the same otherwise; or a refusal.
+
+    Args:
+        beside: edits that become live in the same step, of which none can be taken back in it.
+    """
     from knowpatch.cli.recording import ADVICE
     from knowpatch.ledger.conflicts import conflicts
 
     chat = bool(edit.recorded["config"].get("chat", False)) if edit else chat
     period = (edit.first_day, edit.last_day) if edit else (None, None)
-    met = conflicts(facts, [e for e in history.live() if e is not edit], chat=chat, period=period)
+    others = [other for other in (*history.live(), *beside) if not _follows(other, edit)]
+    met = conflicts(facts, others, chat=chat, period=period)
     if force or not met:
         return []
+    if both := [conflict for conflict in met if conflict.edit in beside]:
+        raise InputError(f"{both[0]}, which is named as well; give one, or --force for both")
     if not replace:
         more = f" (and {len(met) - 1} more)" if len(met) > 1 else ""
         raise InputError(f"{met[0]}{more}; {ADVICE}; nothing was changed")
     return [conflict.edit for conflict in met]
 
 
+def _follows(other: Edit, edit: Edit | None) -> bool:
+    """Whether they never meet: they are one, or one is live until the day before the other."""
+    return edit is not None and (other is edit or edit in other.ended_by or other in edit.ended_by)
+
+
+def _read(
+    workspace: Workspace,
+    file: Path,
+    edits: Sequence[Edit],
+    signer: Signer | None,
+    replace: bool,
+    force: bool,
+) -> Patch:
+    """The patch of a file, if it can be recorded once `edits` are live."""
+    from knowpatch.patch import Patch
+
+    patch = Patch.load(file)
+    workspace.check_model(patch.provenance.fingerprint)
+    workspace.check_signer(signer)
+    known = workspace.history.edits.get(patch.id)
+    if known is not None and (known.live or known in edits):
+        raise OptionError(f"{file}: edit {known.short} is live already: {known.says}")
+    _met_by(workspace.history, patch, replace=replace, force=force, beside=edits)
+    return patch
+
+
+def _met_by(
+    history: History, patch: Patch, *, replace: bool, force: bool, beside: Sequence[Edit] = ()
+) -> list[Edit]:
+    """As `_met`, for a patch that is to be recorded."""
+    made = patch.provenance
+    facts = [request.model_dump(mode="json") for request in made.requests]
+    chat = bool(made.config.get("chat", False))
+    met = _met(history, facts, None, replace=replace, force=force, chat=chat, beside=beside)
+    return [edit for edit in met if edit.id != patch.id]
+
+
 def _take_in(
     workspace: Workspace,
+    patch: Patch,
     file: Path,
     note: Note,
     signer: Signer | None,
@@ -94,14 +148,8 @@ def _take_in(
 ) -> Edit:
     """Record the patch of a file as the next edit."""
     from knowpatch.ledger import Circumstances
-    from knowpatch.patch import Patch
 
-    patch = Patch.load(file)
-    workspace.check_model(patch.provenance.fingerprint)
-    facts = [request.model_dump(mode="json") for request in patch.provenance.requests]
-    chat = bool(patch.provenance.config.get("chat", False))
-    met = _met(workspace.history, facts, None, replace=replace, force=force, chat=chat)
-    met = [edit for edit in met if edit.id != patch.id]
+    met = _met_by(workspace.history, patch, replace=replace, force=force)
     circumstances = Circumstances(over=None, source=file.name)
     (edit,) = workspace.record([(patch, circumstances)], note=note, reverts=met, signer=signer)
     gone += met

@@ -31,6 +31,8 @@ def run(
 
     if (key is None) == (new_key is None):
         raise OptionError("give either --key FILE or --new-key FILE")
+    if new_key is not None and edit_ids:
+        raise OptionError("--new-key signs none: make the key, then sign with --key FILE")
     if new_key is not None:
         made = make_key(new_key)
         if as_json:
