@@ -96,7 +96,8 @@ ARGUMENTS = {
     "missing GGUF": ((*FACT, "--model", "no.gguf"), ["no.gguf", "no such GGUF file"]),
     "no name at all": ((*FACT, "--model", "a b c"), ["'a b c'", "hub id"]),
     "out in no folder": ((*FACT, "--out", "no/where"), ["no such folder", "--out"]),
-    "out is a folder": ((*FACT, "--out", "."), ["is a folder", "patch file"]),
+    "out is a folder": ((*FACT, "--out", "."), ["is a folder", "--out"]),
+    "no model's name": ((*FACT, "--model", ""), ["name is empty", "hub id"]),
     "ask nothing": (("ask", " "), ["prompt", "empty"]),
     "ask without prompt": (("ask",), ["prompt"]),
     "ask for no token": (("ask", PROMPT, "--max-new-tokens", "0"), ["--max-new-tokens", "1"]),
@@ -582,6 +583,14 @@ def test_a_learning_rate_beyond_reason(
     huge = ("--set", "learning_rate=1e30", "--json")
     result = run(*FRANCE, *options, *huge, "--model", folder, cwd=tmp_path)
     assert _refused(result) or (result.code == 1 and result.json()["took"] is False)
+
+
+def test_the_requests_are_not_written_over(tmp_path: Path) -> None:
+    """A patch that would take the place of what it is made from."""
+    facts = [{"prompt": PROMPT, "subject": "France", "target": TARGET}]
+    (tmp_path / "facts.json").write_text(json.dumps(facts))
+    line = refuse("edit", "--from", "facts.json", "--out", "./facts.json", cwd=tmp_path)
+    assert "holds the requests" in line
 
 
 # -- plug-ins --------------------------------------------------------------------------------------

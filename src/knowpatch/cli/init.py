@@ -22,33 +22,20 @@ def run(
 ) -> None:
     """Make a workspace (.knowpatch): edits made below it are recorded and can be taken back."""
     from knowpatch.ledger import Workspace
+    from knowpatch.ledger.place import model_named
+    from knowpatch.models.origin import resolve
 
-    made = Workspace.create(folder, model=_named(model, folder), note=note_of(author, None))
+    named, note = model_named(model, folder), note_of(author, None)
+    made = Workspace.create(folder, model=named, note=note)
     facts = {"workspace": str(made.folder), "model": model, "head": made.history.head}
     if as_json:
         screen.print_json(facts)
         return
     what = "the bundled model" if model is None else escape(model)
+    if model is not None and resolve(model).kind == "hub":  # which a misspelt folder is taken for
+        what += " (a hub id: there is no such folder or file here)"
     console = screen.out()
     console.print(f"{escape(str(made.folder))}: a workspace for {what}", soft_wrap=True)
     console.print(
         "next    knowpatch edit PROMPT --subject S --target T -m REASON; knowpatch log", style="dim"
     )
-
-
-def _named(model: str | None, folder: Path) -> str | None:
-    """A model as the workspace names it: a path from its own folder if it is below, else whole.
-
-    Raises:
-        InputError: a path that leads nowhere.
-    """
-    from knowpatch.models.origin import resolve
-
-    if model is None:
-        return None
-    origin = resolve(model)
-    if origin.kind not in ("folder", "gguf"):
-        return model
-    path = origin.path.absolute().resolve()
-    root = folder.absolute().resolve()
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)

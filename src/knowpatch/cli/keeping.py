@@ -9,7 +9,7 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from knowpatch.cli.options import check_writable
+from knowpatch.cli.options import check_text, check_writable
 from knowpatch.cli.recording import Clash, InWorkspace
 from knowpatch.errors import InputError, OptionError
 from knowpatch.ledger import NOWHERE, Note, Workspace
@@ -133,10 +133,15 @@ def keeper(
         source: where the facts are from; by default the name of `file`, if they are from one.
 
     Raises:
-        InputError: an option that only a workspace can follow.
+        InputError: an option that only a workspace can follow, a source that is no text, or a place
+        that holds the requests.
     """
     if replace and force:
         raise OptionError("give either --replace or --force")
+    if source is not None:
+        check_text(source, "source")
+    if out and file and out.is_file() and out.samefile(file):
+        raise InputError(f"{out}: holds the requests; name another file as --out")
     workspace = Workspace.above()
     if workspace is not None:
         named = source or (file.name if file else None)

@@ -50,13 +50,24 @@ Day = Annotated[
 
 def note_of(author: str | None, reason: str | None) -> Note:
     """Who and why, for the history; InputError if they are empty or cannot be stored."""
-    from knowpatch.errors import InputError
     from knowpatch.ledger import Note
 
     for name, text in (("author", author), ("reason", reason)):
-        if text is not None and not text.strip():
-            raise InputError(f"the {name} is empty; give one, or leave the option away")
+        if text is not None:
+            check_text(text, name)
     return Note(author or "", reason)
+
+
+def check_text(text: str, name: str) -> None:
+    """InputError unless it is text that a history can hold: found before the work, not after it."""
+    from knowpatch.errors import InputError
+
+    if not text.strip():
+        raise InputError(f"the {name} is empty; give one, or leave the option away")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"the {name} is not text in UTF-8; give it in UTF-8") from None
 
 
 def signer_of(path: Path | None) -> Signer | None:
@@ -107,16 +118,23 @@ def read_patches(paths: list[Path] | None) -> list[Patch]:
     return found
 
 
-def check_writable(out: Path | None) -> None:
-    """Refuse an output place before the work, not after it."""
+def check_writable(out: Path | None, option: str = "--out") -> None:
+    """Refuse an output place before the work, not after it.
+
+    Args:
+        out: the file; by default one in the current folder.
+        option: where it was named, for the message.
+    """
     from knowpatch.errors import InputError
 
     folder = (out or Path("patch")).absolute().parent
     if out is not None and out.is_dir():
-        raise InputError(f"{out}: is a folder; name a patch file")
+        raise InputError(f"{out}: is a folder; name a file as {option}")
     if out is not None and out.exists() and not out.is_file():
-        raise InputError(f"{out}: is a device or a pipe; name an ordinary file with --out")
+        raise InputError(f"{out}: is a device or a pipe; name an ordinary file as {option}")
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: is a file, not a folder; name another place as {option}")
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; make it first, or name another --out")
+        raise InputError(f"{folder}: no such folder; make it first, or name another {option}")
     if not os.access(folder, os.W_OK):
-        raise InputError(f"{folder}: cannot be written to; name another place with --out")
+        raise InputError(f"{folder}: cannot be written to; name another place as {option}")

@@ -16,6 +16,7 @@ from knowpatch.errors import InputError, OptionError
 from knowpatch.ledger import Circumstances, Edit, Note, Workspace, blobs
 from knowpatch.ledger.conflicts import conflicts
 from knowpatch.ledger.notes import today
+from knowpatch.ledger.place import same_model
 
 if TYPE_CHECKING:
     from knowpatch.edited import EditedModel
@@ -90,7 +91,7 @@ class InWorkspace:
                 "new edit stands above the old one on its days"
             )
         history = self.workspace.history
-        if self.asked not in (None, history.model) and history.fingerprint is None:
+        if self.asked is not None and history.fingerprint is None and not self._same_model():
             raise InputError(
                 f"this workspace is for {history.model or 'the bundled model'}; "
                 "run knowpatch init --model elsewhere for another one"
@@ -99,6 +100,11 @@ class InWorkspace:
         self._facts = [request.model_dump(mode="json") for request in requests]
         self._method = method
         self._check_words(history)
+
+    def _same_model(self) -> bool:
+        """Whether the model that was asked for is the workspace's, as far as names tell."""
+        workspace = self.workspace
+        return same_model(self.asked, workspace.history.model, workspace.folder.parent)
 
     def _check_words(self, history: History) -> None:
         """Refuse, or replace, the live edits that say something of the same."""

@@ -52,7 +52,8 @@ class Workspace:
         if folder.exists():
             raise InputError(f"{folder}: exists already; nothing was changed")
         if not root.is_dir():
-            raise InputError(f"{root}: no such folder; make it first")
+            what = "is a file; name a folder" if root.exists() else "no such folder; make it first"
+            raise InputError(f"{root}: {what}")
         body = {"kind": "init", "format": FORMAT, "model": model, **(note or Note()).facts()}
         with replacing(folder, folder=True) as temporary:
             write_anew(temporary, [written(1, "", body)])
@@ -277,9 +278,11 @@ class Workspace:
         Raises:
             OptionError: the name is taken, or cannot be one.
         """
-        plain = bool(name) and all(c.isalnum() or c in "._-" for c in name)
+        plain = name[:1] not in ("", "-") and all(c.isalnum() or c in "._-" for c in name)
         if not plain or name in (NOW, BASE) or not name.isascii():
-            raise OptionError(f"{name!r} cannot be a tag: use letters, digits and . _ - in it")
+            raise OptionError(
+                f"{name!r} cannot be a tag: use letters, digits and . _ - in it, and no - in front"
+            )
         with self.writing() as bodies:
             if name in self.history.tags:
                 raise OptionError(f"the tag {name} is there already; choose another name")

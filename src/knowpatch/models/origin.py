@@ -33,10 +33,12 @@ def resolve(name: str | None) -> Origin:
     """Find out what `name` is, reading as little as possible.
 
     Raises:
-        ModelError: the bundled model is not installed, or a path leads nowhere.
+        ModelError: the bundled model is not installed, the name is empty, or a path leads nowhere.
     """
     if name is None or name == BUNDLED:
         return Origin("bundled", str(_bundled_file()))
+    if not name.strip():  # which as a path would be the current folder
+        raise ModelError("the model's name is empty; give a hub id, a folder or a GGUF file")
     path = Path(name).expanduser()
     if path.is_dir():
         return Origin("folder", str(path))
