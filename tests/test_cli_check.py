@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -79,6 +80,11 @@ def test_a_first_suite_is_written_and_passes(workspace: Path):
         (["bad.yaml"], "bad.yaml: unknown field 'kep': did you mean 'keep'?"),
         (["asks.yaml"], "gone.jsonl: no such file"),
         (["suite.yaml", "--junit", "no/where.xml"], "no: no such folder"),
+        (["suite.yaml", "--junit", "."], ".: is a folder; name a file as --junit"),
+        (["suite.yaml", "--junit", "no/where.xml"], "make it first, or name another --junit"),
+        (["suite.yaml", "--junit", "bad.yaml/x"], "bad.yaml: is a file, not a folder"),
+        (["suite.yaml", "--junit", "./suite.yaml"], "suite.yaml: is the suite itself"),
+        (["no/new.yaml", "--make"], "make it first, or name another SUITE"),
         (["suite.yaml", "--patch", "nowhere"], "nowhere: no such patch file"),
         (["new.yaml", "--make", "--model", "MODEL"], "no edit to make a suite of"),
     ],
@@ -148,3 +154,18 @@ def test_a_guard_that_is_no_suite_is_refused_before_the_work(folder: Path, tmp_p
     """One line, no model loaded."""
     line = refuse(*FRANCE, "--model", folder, "--guard", "nowhere.yaml", cwd=tmp_path)
     assert line == "nowhere.yaml: no such file"
+
+
+def test_another_model_is_checked_as_it_is(
+    workspace: Path, folders: Callable[..., Path], caplog: pytest.LogCaptureFixture
+):
+    """What an export wrote, say: named on purpose, it is asked without the live edits, and that it
+    is another is said. The workspace's own model has to be the one that its edits are of."""
+    other = folders("gpt2")
+    result = run("check", "--model", other, "--json", cwd=workspace)
+    assert result.code == 1
+    assert "checked as it is, without edits" in caplog.text
+    told = result.json()
+    assert (told["patches"], told["workspace"]) == ([], None)
+    line = refuse("check", "new.yaml", "--make", "--model", other, cwd=workspace)
+    assert line.startswith("no edit to make a suite of")

@@ -123,7 +123,7 @@ def test_a_memory_can_be_written_over_itself(memory, tmp_path):
         (("x", "--out", "n"), "no fact 'x' in this patch: "),
         (("f", "j", NILE.prompt, "--out", "n"), "no fact would be left"),
         (("f", "--out", "nowhere/n"), "no such folder"),
-        (("f", "--out", "."), "is a folder; name a patch file"),
+        (("f", "--out", "."), "is a folder; name a file as --out"),
         (("f",), "Missing option"),
         (("--out", "n"), "Missing argument"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from knowpatch.patch import Patch
     from knowpatch.progress import Progress
 
+log = logging.getLogger(__name__)
+
 SUITE = Path("suite.yaml")
 QUESTIONS = 100
 """General questions that a first suite asks, where their file is at hand."""
@@ -55,22 +58,24 @@ def run(
 ) -> None:
     """Check the live edits of a workspace, or patches, against a suite: exit code 0 or 1.
 
-    Every question is asked of the unedited and of the edited model.
+    Every question is asked of the unedited and of the edited model. Another --model than the
+    workspace's is checked as it is.
     """
     from knowpatch.checks.suite import read_suite
     from knowpatch.ledger import Workspace
 
-    check_writable(junit)
+    check_writable(junit, "--junit")
+    if junit is not None and junit.exists() and suite.exists() and junit.samefile(suite):
+        raise InputError(f"{junit}: is the suite itself; name another file with --junit")
     patches = read_patches(patch)
     workspace = None if patch else Workspace.above()
-    name = workspace.model if workspace is not None and model is None else model
     if make:
-        _make(suite, patches, workspace, name, device=device, dtype=dtype, as_json=as_json)
+        _make(suite, patches, workspace, model, device=device, dtype=dtype, as_json=as_json)
         return
     wanted, start = read_suite(suite), perf_counter()
     general = wanted.general()
     with screen.reporting() as report:
-        edited, patches = _loaded(patches, workspace, name, device, dtype, report)
+        edited, patches, workspace = _loaded(patches, workspace, model, device, dtype, report)
         from knowpatch.checks.examine import examine
 
         verdict = examine(edited, patches, wanted, general, progress=report)
@@ -95,21 +100,26 @@ def run(
 def _loaded(
     patches: list[Patch],
     workspace: Workspace | None,
-    name: str | None,
+    model: str | None,
     device: str,
     dtype: str,
     report: Progress,
-) -> tuple[EditedModel, list[Patch]]:
-    """The model, and the patches that are checked: those given, else the workspace's live ones."""
+) -> tuple[EditedModel, list[Patch], Workspace | None]:
+    """The model, and the patches that are checked: those given, else the live ones of the
+    workspace, if that is what is checked. Another model is: what an export wrote, say."""
     from knowpatch.editing import load
 
+    name = workspace.model if workspace is not None and model is None else model
     edited = load(name, device=device, dtype=dtype, progress=report)
     if workspace is None:
-        return edited, patches
+        return edited, patches, None
+    if model is not None and not workspace.is_of(edited.view.fingerprint):
+        log.warning("another model than this workspace's: it is checked as it is, without edits")
+        return edited, [], None
     live = workspace.live()
     if live:
         workspace.check_model(edited.view.fingerprint)
-    return edited, workspace.patches(live)
+    return edited, workspace.patches(live), workspace
 
 
 def _named(patches: Sequence[Patch], workspace: Workspace | None) -> str:
@@ -123,7 +133,7 @@ def _make(
     suite: Path,
     patches: list[Patch],
     workspace: Workspace | None,
-    name: str | None,
+    model: str | None,
     *,
     device: str,
     dtype: str,
@@ -136,9 +146,9 @@ def _make(
 
     if suite.exists():
         raise InputError(f"{suite}: exists already; name another file, or edit that one")
-    check_writable(suite)
+    check_writable(suite, "SUITE")
     with screen.reporting() as report:
-        edited, patches = _loaded(patches, workspace, name, device, dtype, report)
+        edited, patches, _ = _loaded(patches, workspace, model, device, dtype, report)
         if not patches:
             raise InputError(
                 "no edit to make a suite of: edit first, or give patches with --patch FILE"

@@ -90,5 +90,5 @@ def check_places(out: Path | None, rows: Path | None, source: str | None) -> Non
     if rows is not None and source is None:
         raise OptionError("--rows is for the maps of many facts: give these with --from FILE")
     check_picture(out)
-    for path in filter(None, (out, rows)):
-        check_writable(path)
+    check_writable(out)
+    check_writable(rows, "--rows")
