@@ -178,14 +178,15 @@ def test_edit_says_how_to_go_on(folder: Path, tmp_path: Path) -> None:
 def test_the_live_edits_of_a_workspace(folder: Path, tmp_path: Path) -> None:
     """Without --patch, in a workspace: what is live in it, on its model; with none, refused."""
     assert run("init", "--model", folder, cwd=tmp_path).code == 0
-    assert "--patch" in refuse("export", "--to", "merged", "out", cwd=tmp_path)
+    line = refuse("export", "--to", "merged", "out", cwd=tmp_path)
+    assert "no edit is live in this workspace; see knowpatch log, or give --patch" in line
     days = ("--valid-from", "2020-01-01")
     assert run(*FRANCE, *LOUD, *days, cwd=tmp_path).code in (0, 1)
     told = shipped("--to", "merged", "out", cwd=tmp_path)
     assert told["patches"] == [edit["id"] for edit in run("log", "--json", cwd=tmp_path).json()]
     assert told["parity"]["exact"] is True
     before = ("--to", "merged", "old", "--on", "2000-01-01")
-    assert "--patch" in refuse("export", *before, cwd=tmp_path)
+    assert "in this workspace on 2000-01-01; see" in refuse("export", *before, cwd=tmp_path)
 
 
 def test_a_tied_head_by_name(folders: Callable[..., Path], tmp_path: Path) -> None:

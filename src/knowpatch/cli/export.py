@@ -85,6 +85,12 @@ def run(
     workspace, patches = workspace_for(patch, on), read_patches(patch)
     if workspace is not None:
         patches = workspace.patches(workspace.live(day_of(on, "--on")))
+        if not patches:
+            when = f" on {on}" if on else ""
+            raise InputError(
+                f"nothing to ship: no edit is live in this workspace{when}; see knowpatch log, or "
+                "give --patch FILE"
+            )
         model = workspace.model if model is None else model
     if not patches:
         raise InputError("nothing to ship; give at least one --patch FILE")
