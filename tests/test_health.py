@@ -13,6 +13,7 @@ from shell import FRANCE, refuse, run
 from knowpatch.ask import Ask
 from knowpatch.checks import health
 from knowpatch.checks.health import Examination, chosen
+from knowpatch.cli import screen
 from knowpatch.editing import edit, load
 from knowpatch.probes import controls
 from knowpatch.request import EditRequest
@@ -89,6 +90,14 @@ def test_chosen_points_are_even_and_keep_the_ends():
     assert chosen(3, 5) == [0, 1, 2]
     assert chosen(11, 3) == [0, 5, 10]
     assert chosen(7, 1) == [6]
+
+
+def test_shares_are_told_in_plain_figures():
+    """Two of them, and all from a hundred per cent on."""
+    told = [screen.percent(share) for share in (0.0, 0.00412, 0.5, 1.987, 12.0)]
+    assert told == ["0 %", "0.41 %", "50 %", "199 %", "1200 %"]
+    assert screen.percent(-1.21, sign="+") == "-121 %"
+    assert screen.percent(0.002, sign="+") == "+0.2 %"
 
 
 def test_bad_input_is_one_line(workspace: Path, folder: Path, tmp_path: Path):

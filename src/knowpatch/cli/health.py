@@ -60,7 +60,7 @@ def run(
     if out is not None:
         from knowpatch.checks.health_picture import health_picture
 
-        title = f"{source}: {len(workspace.history.edits)} edits"
+        title = f"{source}: {screen.counted(len(workspace.history.edits), 'edit')}"
         saved(health_picture([one.number for one in states], vitals, title), out)
     if as_json:
         told = [_facts(state, one) for state, one in zip(states, vitals, strict=True)]
@@ -147,7 +147,7 @@ def _row(state: State, one: Vitals) -> tuple[str, ...]:
         str(len(state.live)),
         "-" if one.perplexity is None else f"{one.perplexity:.4g}",
         f"{100 * one.drift:.1f} %",
-        f"{100 * one.change:.2g} %",
-        f"{100 * one.growth:+.2g} %",
+        screen.percent(one.change),
+        screen.percent(one.growth, sign="+"),
         after if state.edit is None else f"{state.edit.short}  {state.edit.says}",
     )

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from knowpatch.cli.screen import one_line
+from knowpatch.cli.screen import one_line, percent
 from knowpatch.data.case import NEIGHBOUR, REWRITE
 from knowpatch.effects import Effect, moved_by_kind
 from knowpatch.probes import CONTROL, OUGHT_TO_STAY, SUBJECT
@@ -115,9 +115,9 @@ def show_foresight(console: Console, told: dict[str, Any]) -> None:
         console.print()
     sizes = sorted(told["sizes"], key=lambda one: -one["share"])
     for one in sizes[:MOST_SIZES]:
-        total = f" (with earlier edits {100 * one['total']:.2g} %)"
+        total = f" (with earlier edits {percent(one['total'])})"
         total = total if abs(one["total"] - one["share"]) > 1e-6 * one["share"] else ""
-        share = f"{100 * one['share']:.2g} % of the norm of {escape(one['parameter'])}"
+        share = f"{percent(one['share'])} of the norm of {escape(one['parameter'])}"
         console.print(f"size    {share}{total}", soft_wrap=True)
     if len(sizes) > MOST_SIZES:
         console.print(f"        and of {len(sizes) - MOST_SIZES} more (--json has all)")

@@ -88,7 +88,7 @@ def _show(console: Console, told: Mapping[str, Any], found: Sequence[Scanned]) -
     table = Table("tensor", "shape", "rank", "change / tensor")
     for one in (one for one in found if one in largest):
         shape = " x ".join(map(str, one.shape))
-        table.add_row(escape(one.name), shape, _rank(one), f"{100 * one.share:.2g} %")
+        table.add_row(escape(one.name), shape, _rank(one), screen.percent(one.share))
     if found:
         console.print(table)
     if len(found) > MOST:
@@ -111,14 +111,15 @@ def _show_pointed(console: Console, one: Scanned) -> None:
     """Whom a change of few directions points at, and what it writes."""
     if one.typical is not None:
         outstanding = [each for each in one.subjects if each.stands_out]
-        line = f"acts at a typical subject with {100 * one.typical:.2g} % of the matrix's output"
+        typical = screen.percent(one.typical)
+        line = f"acts at a typical subject with {typical} of the matrix's output"
         if not outstanding:
             line += f"; none stands out (most: {one.subjects[0].subject})"
         console.print(f"\n[bold]{escape(one.name)}[/] {escape(line)}", soft_wrap=True)
         for each in outstanding:
             said = f"; writes {_quoted(each.words)}" if each.words else ""
             console.print(
-                f"  {escape(each.subject)}: {100 * each.response:.2g} %, {each.deviations:.0f} "
+                f"  {escape(each.subject)}: {screen.percent(each.response)}, {each.deviations:.0f} "
                 f"deviations above that{escape(said)}",
                 soft_wrap=True,
             )

@@ -107,6 +107,17 @@ def one_line(text: str, limit: int = 48) -> str:
     return escape(flat if len(flat) <= limit else f"{flat[: limit - 1]}…")
 
 
+def counted(count: int, noun: str) -> str:
+    """How many there are of something, in words."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def percent(share: float, *, sign: str = "") -> str:
+    """A share to two figures; whole from a hundred per cent on, and never as 2e+02."""
+    value = 100 * share
+    return f"{value:{sign}.{'0f' if abs(value) >= 99.5 else '2g'}} %"
+
+
 def human_bytes(count: float) -> str:
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 1000 or unit == "GB":

@@ -82,7 +82,8 @@ def _request(request: Mapping[str, Any]) -> str:
 def _changes(made: Mapping[str, Any]) -> str:
     rank = f", rank {made['rank']}" if made["rank"] else ""
     names = ", ".join(made["weights"][:4]) + (", ..." if len(made["weights"]) > 4 else "")
-    what = f"{len(made['weights'])} matrices ({names}){rank}" if made["weights"] else "no weight"
+    count = len(made["weights"])
+    what = f"{screen.counted(count, 'parameter')} ({names}){rank}" if count else "no weight"
     return f"{what}; {screen.human_bytes(made['bytes'])}"
 
 

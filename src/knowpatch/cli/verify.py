@@ -89,6 +89,7 @@ def _show(folder: Path, found: Findings, aside: Path | None) -> None:
     live = len(history.live())
     verdict = f"{len(found.faults)} broken" if found.faults else "all as recorded"
     screen.say(
-        f"{folder}: {verdict}; {history.number} events, {len(history.edits)} edits ({live} live), "
-        f"head {history.head[:16]}"
+        f"{folder}: {verdict}; {screen.counted(history.number, 'event')}, "
+        f"{screen.counted(len(history.edits), 'edit')} ({live} live), "
+        f"head {history.head[:16] or 'none'}"
     )
