@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
@@ -96,6 +97,16 @@ def test_bad_input_is_one_line(folder: Path, tmp_path: Path, arguments: list[str
     (tmp_path / "asks.yaml").write_text("multiple_choice: {fall: 0.1, file: gone.jsonl}")
     given = [str(folder) if item == "MODEL" else item for item in arguments]
     assert says in refuse("check", *given, cwd=tmp_path)
+
+
+def test_what_writes_nothing_works_in_a_closed_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Only with --junit is a place asked for that can be written to."""
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # for root every folder is open
+    assert refuse("check", "gone.yaml", cwd=tmp_path) == "gone.yaml: no such file"
+    line = refuse("check", "gone.yaml", "--junit", "x.xml", cwd=tmp_path)
+    assert line.endswith("cannot be written to; name another place as --junit")
 
 
 def test_a_made_suite_is_plain_yaml(workspace: Path):

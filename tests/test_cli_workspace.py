@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -251,6 +252,16 @@ def test_a_model_is_the_workspaces_however_it_is_spelt(folder: Path, tmp_path: P
     assert same_model(BUNDLED, None, root)
     assert same_model(BUNDLED, BUNDLED, root)
     assert not same_model("some/model", None, root)
+
+
+def test_a_closed_workspace_is_told_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """An edit that could not be recorded is not computed."""
+    run("init", "--model", "some/model", cwd=tmp_path)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # for root every folder is open
+    line = refuse(*FRANCE, cwd=tmp_path)
+    assert line == f"{tmp_path}/.knowpatch: cannot be written to; nothing can be recorded here"
 
 
 def test_what_is_told_counts_right(tmp_path: Path):

@@ -72,7 +72,7 @@ class InFiles:
 
     def check(self, requests: Sequence[EditRequest], method: EditMethod) -> None:
         if not self.sequential:
-            check_writable(self.out)
+            check_writable(self.out or Path("patch"))
             return
         folder = self.out or FOLDER
         if folder.exists() and not folder.is_dir():

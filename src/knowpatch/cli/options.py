@@ -122,15 +122,17 @@ def check_writable(out: Path | None, option: str = "--out") -> None:
     """Refuse an output place before the work, not after it.
 
     Args:
-        out: the file; by default one in the current folder.
+        out: the file; None where none is to be written.
         option: where it was named, for the message.
     """
     from knowpatch.errors import InputError
 
-    folder = (out or Path("patch")).absolute().parent
-    if out is not None and out.is_dir():
+    if out is None:
+        return
+    folder = out.absolute().parent
+    if out.is_dir():
         raise InputError(f"{out}: is a folder; name a file as {option}")
-    if out is not None and out.exists() and not out.is_file():
+    if out.exists() and not out.is_file():
         raise InputError(f"{out}: is a device or a pipe; name an ordinary file as {option}")
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file, not a folder; name another place as {option}")

@@ -82,6 +82,7 @@ class InWorkspace:
         if self.sequential and self.out is not None:
             raise OptionError("in a workspace a sequence is recorded: leave --out away")
         check_writable(self.out)
+        self.workspace.check_open()
         start, end = self.period
         if start and end and end < start:
             raise InputError(f"--valid-until {end} is before --valid-from {start}")

@@ -56,6 +56,7 @@ def run(
     from knowpatch.ledger.replaying import replay
 
     workspace.check_signer(signer)
+    workspace.check_open()
     done: list[Replayed] = []
     with screen.reporting() as report:
         made = {edit.recorded["dtype"] for edit in waiting}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -223,6 +224,11 @@ class Workspace:
                 f"this workspace demands signatures by its {len(trusted)} trusted key(s), and "
                 f"{who}; sign with --sign FILE"
             )
+
+    def check_open(self) -> None:
+        """InputError if nothing can be recorded here, before there is anything to record."""
+        if not os.access(self.folder, os.W_OK):
+            raise InputError(f"{self.folder}: cannot be written to; nothing can be recorded here")
 
     def is_of(self, fingerprint: str) -> bool:
         """Whether the workspace's edits, if there are any, are of the model with this one."""
