@@ -154,6 +154,8 @@ def test_log_is_a_table_of_the_newest(synthetic: Path):
     assert len(run("log", "--all", cwd=synthetic).out.splitlines()) == 41
     assert len(ids(synthetic)) == 40
     assert len(run("log", "--events", "--json", cwd=synthetic).json()) == 41
+    for words in (("-n", 2), ("-n", 2, "--events")):
+        assert len(run("log", "--json", *words, cwd=synthetic).json()) == 2
 
 
 def test_show_tells_all_that_is_recorded(made: tuple[Result, Path]):

@@ -145,7 +145,8 @@ def test_the_commands(tmp_path: Path):
     assert "not signed" in refuse("trust", "mine.pub", cwd=tmp_path)
     told = run("sign", "--key", "mine", "--json", cwd=tmp_path).json()
     assert told["signed"] == list(workspace.history.edits)
-    assert run("trust", "mine.pub", "--json", cwd=tmp_path).json() == {"trusted": [told["key"]]}
+    twice = ("mine.pub", told["key"])
+    assert run("trust", *twice, "--json", cwd=tmp_path).json() == {"trusted": [told["key"]]}
     assert run("verify", "--signed-by", "mine.pub", cwd=tmp_path).code == 0
     record(filled(tmp_path / "elsewhere", 0), patch(7))
     (file,) = (tmp_path / "elsewhere").rglob("*.safetensors")

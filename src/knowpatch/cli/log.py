@@ -21,7 +21,10 @@ SHOWN = 30
 
 
 def run(
-    number: Annotated[int, typer.Option("-n", min=1, help="How many are shown.")] = SHOWN,
+    number: Annotated[
+        int | None,
+        typer.Option("-n", min=1, help=f"How many are shown; by default {SHOWN}, as JSON all."),
+    ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Show all.")] = False,
     live: Annotated[bool, typer.Option("--live", help="Only those that are live.")] = False,
     on: Day = None,
@@ -39,12 +42,13 @@ def run(
         raise OptionError("give either --events, or --live or --on: events are of all days")
     day = day_of(on, "--on") or today()
     workspace = Workspace.here()
+    most = None if everything else number or (None if as_json else SHOWN)
     if events:
-        _list_events(workspace, as_json=as_json, most=None if everything else number)
+        _list_events(workspace, as_json=as_json, most=most)
         return
     edits = workspace.live(day) if live or on else list(workspace.history.edits.values())
     edits.reverse()
-    shown = edits if everything or as_json else edits[:number]
+    shown = edits[:most]
     if as_json:
         screen.print_json([facts(edit, day) for edit in shown])
         return
@@ -108,12 +112,12 @@ def moment(time: str) -> str:
 
 
 def _list_events(workspace: Workspace, *, as_json: bool, most: int | None) -> None:
-    events = workspace.events[::-1]
+    events = workspace.events[::-1][:most]
     if as_json:
         screen.print_json([{"hash": event.hash, **event.body} for event in events])
         return
     head = ("event", "time", "author", "what", "reason")
-    rows = [head, *(_told(event, workspace) for event in events[:most])]
+    rows = [head, *(_told(event, workspace) for event in events)]
     for line in columns(rows, (12, 16, 14, 72, 40)):
         screen.say(line)
 

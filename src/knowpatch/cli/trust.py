@@ -29,7 +29,8 @@ def run(
         raise OptionError("give either keys or --nobody")
     workspace = Workspace.here()
     if nobody or keys:
-        workspace.trust([public_key(key) for key in keys or ()], note=note_of(author, reason))
+        named = dict.fromkeys(public_key(key) for key in keys or ())
+        workspace.trust(list(named), note=note_of(author, reason))
     trusted = workspace.history.trusted
     if as_json:
         screen.print_json({"trusted": list(trusted)})
