@@ -31,7 +31,7 @@ from knowpatch.locate.facts import Fact, asked, read_facts
 from knowpatch.locate.noise import Noise
 from knowpatch.locate.tracing import Tracing
 
-ROUNDS = 3
+ROUNDS = 1
 DRAWS, FEW = 10, 2
 FACTS = 80
 """Facts that the model is asked about."""
