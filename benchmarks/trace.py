@@ -32,6 +32,7 @@ from knowpatch.locate.noise import Noise
 from knowpatch.locate.tracing import Tracing
 
 ROUNDS = 1
+"""The plain side takes minutes."""
 DRAWS, FEW = 10, 2
 FACTS = 80
 """Facts that the model is asked about."""
