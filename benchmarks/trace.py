@@ -31,8 +31,6 @@ from knowpatch.locate.facts import Fact, asked, read_facts
 from knowpatch.locate.noise import Noise
 from knowpatch.locate.tracing import Tracing
 
-ROUNDS = 1
-"""The plain side takes minutes."""
 DRAWS, FEW = 10, 2
 FACTS = 80
 """Facts that the model is asked about."""
@@ -44,7 +42,6 @@ class Bench:
     def __init__(self, file: Path, *, quick: bool) -> None:
         self.model = load(dtype="float32")
         self.noise = Noise.of(self.model.view, draws=FEW if quick else DRAWS)
-        self.rounds = 1 if quick else ROUNDS
         self.fact = self._first(read_facts(file), shortest=quick)
         self.found: dict[str, Any] = {}
 
@@ -96,7 +93,7 @@ class Bench:
             "draws": self.noise.draws,
             "threads": torch.get_num_threads(),
         }
-        pair = measure(name, mine, theirs, n=self.rounds, unit="s", settings=settings)
+        pair = measure(name, mine, theirs, n=1, unit="s", settings=settings)
         one, other = self.found["ours"], self.found["plain"]
         maps = [{"effects": each.tolist()} for each in (one, other)]
         settings |= {
