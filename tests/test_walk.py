@@ -118,6 +118,8 @@ def test_the_longest_name_that_edges_leave_is_the_start():
     assert graph.start("did Ann Lee help?")[0] == "Ann Lee"
     assert graph.start("the help desk")[0] == "Help"
     assert graph.start("helpless") is None
+    assert graph.start("some Helps of no one")[1] == (5, 10)
+    assert graph.start("some Helps of Ann")[0] == "Ann"
 
 
 @pytest.mark.parametrize(
@@ -186,9 +188,26 @@ def test_left_out_hops_are_bridged_where_kinds_say_so(view):
     assert (found.text, found.chain) == ("Bob", ("Ann", "Bob"))
     implied = _walk(("Ann", "position", "goalkeeper"), ("goalkeeper", "sport", "bandy"))
     assert _said([implied], view, "Which sport does Ann play?").text == "bandy"
+    coach = _walk(("Ann", "occupation", "bandy coach"), ("bandy coach", "sport", "bandy"))
+    assert _said([coach], view, "Which sport does Ann play?").text == "bandy"
     chad = _walk(("Chad", "head_of_state", "Ann"), ("Ann", "birthplace", "Oslo"))
     question = "What is the currency of Chad?"
     assert _said([chad], view, question, {question: "Franc"}).text == "Franc"
+
+
+def test_left_out_hops_are_bridged_in_one_way_only():
+    """To the relation itself; two ways to different ends that are as near say nothing."""
+    founded = Edge("Toyota", "founder", "Ann", 0), Edge("Ann", "birthplace", "Oslo", 0)
+    birthplace = catalogue()["birthplace"]
+
+    def way(*more):
+        return Graph((*founded, *more), catalogue(), {}).way("Toyota", birthplace)
+
+    assert way() == list(founded)
+    assert way(Edge("Toyota", "owner", "Ann", 0))[-1].object == "Oslo"
+    assert way(Edge("Toyota", "owner", "Bob", 0), Edge("Bob", "birthplace", "Rome", 0)) == []
+    nothing = Edge("Ajax", "head_coach", "Bob", 0), Edge("Bob", "citizenship", "Chad", 0)
+    assert Graph(nothing, catalogue(), {}).way("Ajax", birthplace) == []
 
 
 def test_what_is_meant_of_another_kind(view):

@@ -4,7 +4,8 @@ Names are compared without capitals, compatible characters and articles, and by 
 which are united, never overwritten. Of one subject and relation the last edge counts; the ones
 before it are its history. A question may leave out a hop ("the director of Hey Jude", who is its
 performer's): where an entity is of a kind that does not have the relation, or has one that implies
-it, the nearest edge that can be reached over other edges is taken, and the hops to it are the way.
+it, the nearest edge that can be reached over other edges is taken, if there is one nearest, and the
+hops to it are the way.
 """
 
 from __future__ import annotations
@@ -68,6 +69,14 @@ class Graph:
         return found
 
     @cached_property
+    def _into(self) -> dict[str, list[Edge]]:
+        """Edges by the entity that they lead to."""
+        found: dict[str, list[Edge]] = {}
+        for edge in self.edges:
+            found.setdefault(self.entity(edge.object), []).append(edge)
+        return found
+
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """Subjects first, then objects that are none."""
         subjects = [edge.subject for edge in self.edges]
@@ -88,12 +97,14 @@ class Graph:
 
     def start(self, question: str) -> tuple[str, tuple[int, int]] | None:
         """The longest known name in a question, and where it is: of something that edges leave,
-        else of any; as written, else whatever the capitals."""
-        for names in (self._leaving, self._others):
+        else of any; as written, else whatever the capitals; else where only its plural stands."""
+        named = (self._leaving, self._others)
+        for names in named:
             for flags in (re.NOFLAG, re.IGNORECASE):
                 if found := _longest(question, names, flags):
                     return found
-        return None
+        plurals = (_longest(question, names, re.NOFLAG, "s") for names in named)
+        return next(filter(None, plurals), None)
 
     @cached_property
     def _leaving(self) -> dict[str, str]:
@@ -110,27 +121,18 @@ class Graph:
         return {**called, **{name: name for name in self.names}}
 
     def way(self, name: str, relation: Relation) -> list[Edge]:
-        """Edges that lead from an entity along a relation, left-out hops included; none if none."""
+        """Edges that lead from an entity along a relation, left-out hops included; none if none, or
+        if as many hops lead to different ones."""
         if edge := self.edge(name, relation.id):
             return [edge]
         ways = [[edge] for edge in self._skipped(name, relation)]
         for _ in range(SKIPPED):
-            for way in ways:
-                if last := self.edge(way[-1].object, relation.id):
-                    return [*way, last]
+            ends = [(way, self.edge(way[-1].object, relation.id)) for way in ways]
+            whole = {last: [*way, last] for way, last in ends if last}
+            if whole:
+                return whole.popitem()[1] if len(whole) == 1 else []
             ways = [[*w, e] for w in ways for e in self._from(w[-1].object) if e not in w]
         return []
-
-    def meant(
-        self, name: str, relation: Relation, known: Mapping[str, Relation]
-    ) -> Relation | None:
-        """The relation that is meant of this entity; None where it is what is wanted already."""
-        kinds = self._kinds(name)
-        if not kinds or not relation.of or kinds & set(relation.of):
-            return relation
-        others = (known[one] for one in relation.instead)
-        fits = next((one for one in others if kinds & set(one.of)), None)
-        return fits or (None if kinds & set(relation.gives) else relation)
 
     def _from(self, name: str) -> Iterator[Edge]:
         """Edges that leave an entity, the newest first."""
@@ -138,15 +140,14 @@ class Graph:
 
     def _skipped(self, name: str, relation: Relation) -> list[Edge]:
         """First hops that a question about this relation of this entity may have left out."""
-        kinds = self._kinds(name)
+        kinds = self.kinds(name)
         foreign = bool(kinds and relation.of) and not kinds & set(relation.of)
         return [e for e in self._from(name) if foreign or e.relation in relation.through]
 
-    def _kinds(self, name: str) -> set[str]:
+    def kinds(self, name: str) -> set[str]:
         """What kinds of thing an entity is by the edges that lead to it, else by those that leave;
         empty where they do not agree."""
-        entity = self.entity(name)
-        at = [self.relations[e.relation] for e in self.edges if self.entity(e.object) == entity]
+        at = [self.relations[e.relation] for e in self._into.get(self.entity(name), ())]
         left = [self.relations[e.relation] for e in self._from(name)]
         for kinds in ([set(r.gives) for r in at], [set(r.of) for r in left]):
             known = [some for some in kinds if some]
@@ -156,11 +157,12 @@ class Graph:
 
 
 def _longest(
-    question: str, names: Mapping[str, str], flags: re.RegexFlag
+    question: str, names: Mapping[str, str], flags: re.RegexFlag, ending: str = ""
 ) -> tuple[str, tuple[int, int]] | None:
-    best: tuple[str, tuple[int, int]] | None = None
-    for name in sorted(names, key=lambda name: (-len(name), name)):
-        if match := re.search(rf"(?<!\w){re.escape(name)}(?!\w)", question, flags):
-            best = names[name], match.span()
-            break
-    return best
+    """The longest of the names, each with what it stands for, that is in a question as words."""
+    folded = question.casefold()
+    there = [name for name in names if name.casefold() in folded]
+    for name in sorted(there, key=lambda name: (-len(name), name)):
+        if match := re.search(rf"(?<!\w){re.escape(name)}{ending}(?!\w)", question, flags):
+            return names[name], match.span()
+    return None

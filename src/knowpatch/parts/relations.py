@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib import resources
@@ -102,6 +102,16 @@ def catalogue() -> dict[str, Relation]:
         )
         for row in rows
     }
+
+
+def meant(relation: Relation, kinds: Collection[str]) -> Relation | None:
+    """The relation that is meant of something of these kinds (none: not known); None where that is
+    what is wanted already."""
+    if not kinds or not relation.of or set(relation.of) & set(kinds):
+        return relation
+    others = (catalogue()[one] for one in relation.instead)
+    fits = next((one for one in others if set(one.of) & set(kinds)), None)
+    return fits or (None if set(relation.gives) & set(kinds) else relation)
 
 
 def own_relation(template: str) -> Relation:

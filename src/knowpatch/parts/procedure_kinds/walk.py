@@ -25,6 +25,7 @@ from knowpatch.parts.relations import (
     SLOT,
     Relation,
     catalogue,
+    meant,
     nearest,
     own_relation,
     plain,
@@ -163,7 +164,7 @@ class Walk(ProcedureKind):
     ) -> Generator[Say, str, str]:
         """Where the chain leads from an entity: over edges, else by what the model says."""
         for asked in chain[: self.hops]:
-            relation = self.graph.meant(entity, asked, catalogue())
+            relation = meant(asked, self.graph.kinds(entity))
             if relation is None:
                 continue
             way = self.graph.way(entity, relation)
