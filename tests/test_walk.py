@@ -9,7 +9,7 @@ import torch
 from made import provenance
 
 from knowpatch.errors import PatchError
-from knowpatch.parts.chains import MARK, chain_of, marked
+from knowpatch.parts.chains import MARK, arranged, chain_of, marked, wanted_in
 from knowpatch.parts.graph import Edge, Graph, name_key
 from knowpatch.parts.procedure_kinds.walk import Walk, walk
 from knowpatch.parts.procedures import Asking, check_procedure
@@ -155,6 +155,51 @@ def test_chains_are_read_from_the_entity_on(question, name, chain):
     assert [relation.id for relation in chain_of(text, ALL)] == chain.split()
 
 
+def _ids(chain):
+    return " ".join(relation.id for relation in chain)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "wanted", "read", "order"),
+    [
+        ("product", "", "director developer citizenship", "developer director citizenship"),
+        ("product", "", "manufacturer country founder", "manufacturer founder country"),
+        ("person", "", "origin sport continent", "sport origin continent"),
+        ("person", "", "sport capital origin", "sport origin capital"),
+        ("team", "continent", "head_coach continent sport", "head_coach sport continent"),
+        ("person", "", "position sport position origin", "position position sport origin"),
+        ("person", "", "spouse citizenship capital", "spouse citizenship capital"),
+        ("work", "", "director citizenship", "director citizenship"),
+        ("", "", "capital sport", "capital sport"),
+        ("person", "city", "capital", "capital"),
+        ("person", "city", "", ""),
+        ("work", "", "capital " * 7, "capital " * 7),
+    ],
+)
+def test_a_chain_is_put_in_the_order_that_its_kinds_allow(kinds, wanted, read, order):
+    """As read if it fits, or nothing else fits better; moved no further than it must be."""
+    chain = [catalogue()[one] for one in read.split()]
+    assert _ids(arranged(chain, kinds.split(), wanted.split())) == order.strip()
+
+
+@pytest.mark.parametrize(
+    ("question", "wanted"),
+    [
+        ("In which city is it?", {"city"}),
+        ("What is the name of the capital city of Chad?", {"city"}),
+        ("What is the official language of Chad?", {"language"}),
+        ("which country's capital is it?", set()),
+        ("Where was Ann born?", {"city", "region", "country", "continent"}),
+        ("Who made it?", {"person", "character", "organisation", "team"}),
+        ("Whose is it?", set()),
+        ("?", set()),
+        ("", set()),
+    ],
+)
+def test_what_kind_of_thing_a_question_asks_for(question, wanted):
+    assert wanted_in(question) == wanted
+
+
 def test_quotation_marks_go_with_the_name():
     assert marked('Of "Help!"\'s maker', (4, 9)) == f"Of {MARK}'s maker"
     assert marked("Of “Help!” itself", (4, 9)) == f"Of {MARK} itself"
@@ -208,6 +253,22 @@ def test_left_out_hops_are_bridged_in_one_way_only():
     assert way(Edge("Toyota", "owner", "Bob", 0), Edge("Bob", "birthplace", "Rome", 0)) == []
     nothing = Edge("Ajax", "head_coach", "Bob", 0), Edge("Bob", "citizenship", "Chad", 0)
     assert Graph(nothing, catalogue(), {}).way("Ajax", birthplace) == []
+
+
+def test_a_chain_is_walked_in_the_order_that_it_can_have(view):
+    """Read as its words stand, the director of a person's citizenship would be asked for."""
+    procedure = _walk(
+        ("Help", "performer", "Ann"), ("Ann", "director", "Bob"), ("Bob", "citizenship", "Chad")
+    )
+    asked = "Which is the director's country of citizenship, that of the performer of Help?"
+    assert _said([procedure], view, asked).text == "Chad"
+
+
+def test_the_catalogues_own_questions_are_about_one_relation(view):
+    """Whatever other phrases are in them: a work's language is not a country's."""
+    procedure = _walk(("Help", "work_language", "Welsh"), ("Help", "language", "Erse"))
+    asked = catalogue()["work_language"].asks.replace(SLOT, "Help")
+    assert _said([procedure], view, asked).text == "Welsh"
 
 
 def test_what_is_meant_of_another_kind(view):

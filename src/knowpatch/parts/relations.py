@@ -153,13 +153,18 @@ def relation_of(template: str, encoder: Encoder) -> Relation:
     return _stated(template) or nearest(template, known, encoder) or own_relation(template)
 
 
+def worded(template: str) -> Relation | None:
+    """The relation whose statement or question a template is."""
+    words = plain(template)
+    known = catalogue().values()
+    return next((one for one in known if words in (plain(one.says), plain(one.asks))), None)
+
+
 def _stated(template: str) -> Relation | None:
     """The relation whose wording a template is, or whose phrase alone stands in it."""
-    known = tuple(catalogue().values())
-    for relation in known:
-        if plain(template) in (plain(relation.says), plain(relation.asks)):
-            return relation
-    named = {one.relation.id: one.relation for one in named_in(template, known)}
+    if relation := worded(template):
+        return relation
+    named = {one.relation.id: one.relation for one in named_in(template, [*catalogue().values()])}
     return next(iter(named.values())) if len(named) == 1 else None
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from knowpatch.errors import PatchError
 from knowpatch.models.view import ModelView
-from knowpatch.parts.chains import chain_of, marked
+from knowpatch.parts.chains import arranged, chain_of, marked, wanted_in
 from knowpatch.parts.encoders import encoder_of
 from knowpatch.parts.graph import Edge, Graph
 from knowpatch.parts.procedures import Answered, ProcedureKind, Running, Say, register
@@ -29,6 +29,7 @@ from knowpatch.parts.relations import (
     nearest,
     own_relation,
     plain,
+    worded,
     written,
 )
 from knowpatch.parts.worked import Notes, bare, fitted
@@ -147,7 +148,7 @@ class Walk(ProcedureKind):
         if start is None:
             return (yield from self._left(question, view, notes, "no known entity in it"))
         entity, span = start
-        chain = yield from self._chain(question, span, view)
+        chain = yield from self._chain(question, entity, span, view)
         if not chain:
             return (yield from self._left(question, view, notes, "no relation found in it"))
         titles = " > ".join(relation.title for relation in chain)
@@ -180,23 +181,34 @@ class Walk(ProcedureKind):
         return entity
 
     def _chain(
-        self, question: str, span: tuple[int, int], view: ModelView
+        self, question: str, entity: str, span: tuple[int, int], view: ModelView
     ) -> Generator[Say, str, list[Relation]]:
         """The question's relations: that of the fact whose prompt it is, else as `parse` says."""
-        cut = question[: span[0]] + SLOT + question[span[1] :]
-        if exact := self.templates.get(plain(cut)):
+        if exact := self.templates.get(plain(_cut(question, span))):
             return [self.graph.relations[exact]]
         if self.parse == "model":
-            prompt = fitted("decompositions", f"Question: {question}\nRelations:", view, LONG)
-            said = "" if prompt is None else (yield Say(prompt, LONG, ("\n",)))
-            parts = filter(None, map(str.strip, said.split(">")))
-            encoder = encoder_of(self.encoder, view)
-            return [written(words, self.relations, encoder) for words in parts]
-        chain = chain_of(marked(question, span), self.relations)
-        if chain:
+            return (yield from self._written(question, view))
+        read = self._read(question, span, view)
+        return arranged(read, self.graph.kinds(entity), wanted_in(question))
+
+    def _read(self, question: str, span: tuple[int, int], view: ModelView) -> list[Relation]:
+        """The relations of a question that is worded as one, else by its phrases, else that which
+        means nearly the same."""
+        cut = _cut(question, span)
+        if one := worded(cut):
+            return [one]
+        if chain := chain_of(marked(question, span), self.relations):
             return chain
         found = nearest(cut, self.relations, encoder_of(self.encoder, view))
         return [found] if found else []
+
+    def _written(self, question: str, view: ModelView) -> Generator[Say, str, list[Relation]]:
+        """The relations that the model names."""
+        prompt = fitted("decompositions", f"Question: {question}\nRelations:", view, LONG)
+        said = "" if prompt is None else (yield Say(prompt, LONG, ("\n",)))
+        parts = filter(None, map(str.strip, said.split(">")))
+        encoder = encoder_of(self.encoder, view)
+        return [written(words, self.relations, encoder) for words in parts]
 
     def _hop(
         self, entity: str, relation: Relation, view: ModelView, notes: Notes
@@ -222,6 +234,11 @@ class Walk(ProcedureKind):
             return notes.answered(bare(said))
         notes.add("model", f"asked as it came: {why}")
         return notes.answered((yield Say(question, LONG)))
+
+
+def _cut(question: str, span: tuple[int, int]) -> str:
+    """A question with a slot for the entity."""
+    return question[: span[0]] + SLOT + question[span[1] :]
 
 
 def _in(edge: Edge, question: str) -> bool:
