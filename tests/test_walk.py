@@ -50,7 +50,7 @@ def _edge(subject, relation, target, id=None):
     return {**row, "object": target, "id": id}
 
 
-def _walk(*edges, parse="phrases", fusion=False, hops=5, aliases=None):
+def _walk(*edges, parse="auto", fusion=False, hops=5, aliases=None):
     settings = {"parse": parse, "fusion": fusion, "hops": hops}
     return walk([_edge(*edge) for edge in edges], "nothing", aliases=aliases or {}, **settings)
 
@@ -304,6 +304,75 @@ def test_the_model_may_write_the_chain(view):
     knows = {f"{asked}\nRelations:": " sport > country of origin"}
     found = _said([_walk(*edges, parse="model")], view, asked, knows)
     assert (found.text, found.chain) == ("Chad", ("bandy", "Chad"))
+
+
+HIDDEN = ("Ann", "spouse", "Bob"), ("Bob", "creator", "Cid"), ("Cid", "citizenship", "Chad")
+CREATED = "What country is the creator of Ann a citizen of?"
+
+
+def _relations(question, said):
+    """A model that names these relations when it is asked for a question's."""
+    return {f"{question}\nRelations:": said}
+
+
+def _prompts(procedure, view, question, knows=None):
+    """The ends of all that the model is asked."""
+    asking, prompts = Asking.begin(Walk.join([procedure]), question, view), []
+    while asking.say is not None:
+        prompts.append(asking.say.prompt.rpartition("Question: ")[2])
+        asking.hear((knows or {}).get(prompts[-1], "?"))
+    return prompts
+
+
+def test_the_model_reads_what_edits_do_not_carry(view):
+    """A hop that the question leaves out, and a word that no phrase knows."""
+    knows = _relations(CREATED, " spouse > creator > country of citizenship")
+    found = _said([_walk(*HIDDEN)], view, CREATED, knows)
+    assert (found.text, found.chain) == ("Chad", ("Bob", "Cid", "Chad"))
+    assert found.steps[0].text == "Ann: spouse > creator > citizenship"
+    maker = "Who is the spouse of the one who thought up Emma?"
+    author = ("Emma", "author", "Ann"), ("Ann", "spouse", "Bob")
+    edges = _walk(*author, ("Emma", "creator", "Cid"), ("Cid", "spouse", "Dot"))
+    assert _said([edges], view, maker, _relations(maker, " author > spouse")).text == "Bob"
+    assert _said([edges], view, maker).text == "?"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        " spouse > creator",
+        " spouse > country of citizenship",
+        " creator > country of citizenship",
+        " spouse > creator > country of citizenship > continent",
+        " spouse > creator > spouse > country of citizenship",
+        " creator > spouse > country of citizenship",
+        " nonsense > more of it",
+        "",
+    ],
+)
+def test_the_models_reading_only_adds_what_leads_to_an_answer_of_the_kind(view, said):
+    """It leaves out nothing that is named, all of it is edited, its end is what is asked for."""
+    found = _said([_walk(*HIDDEN)], view, CREATED, _relations(CREATED, said))
+    assert found.text == "?"
+    assert _sources(found)[-1] == "model"
+    assert "edit" not in _sources(found)
+
+
+@pytest.mark.parametrize("relation", [one for one in ALL if "person" in one.of], ids=lambda r: r.id)
+def test_a_plain_question_is_never_read_into(view, relation):
+    """Of a relation that an entity can have and no edit gives, whatever the model would say."""
+    edges = [edge for edge in HIDDEN if edge[1] != relation.id]
+    question = relation.asks.replace(SLOT, "Ann")
+    prompts = _prompts(_walk(*edges), view, question, _relations(question, " spouse > creator"))
+    assert not any(prompt.endswith("Relations:") for prompt in prompts)
+    assert edges[0] == HIDDEN[0] or relation.id == "spouse"
+
+
+def test_the_model_is_not_asked_for_what_phrases_say(view):
+    """Neither where edits carry all of it, nor of what no phrase is found in."""
+    question = "Of which country is the creator of Ann's husband a citizen?"
+    assert _prompts(_walk(*HIDDEN), view, question) == []
+    assert _prompts(_walk(*HIDDEN), view, "Is Ann well?") == ["Is Ann well?"]
 
 
 def test_fusion_asks_the_model_behind_the_facts_where_the_walk_fails(view):

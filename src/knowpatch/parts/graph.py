@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from knowpatch.parts.relations import Relation, plain
+from knowpatch.parts.relations import Relation, meant, plain
 
 SKIPPED = 2
 """Hops that a question may leave out at one place."""
@@ -119,6 +119,20 @@ class Graph:
         """Every name and alias to a name."""
         called = {other: name for name, others in self.aliases.items() for other in others}
         return {**called, **{name: name for name in self.names}}
+
+    def along(self, name: str, chain: Sequence[Relation]) -> list[Edge] | None:
+        """Where a chain leads from an entity over edges alone; None where one is missing."""
+        edges: list[Edge] = []
+        for named in chain:
+            relation = meant(named, self.kinds(name))
+            if relation is None:
+                continue
+            way = self.way(name, relation)
+            if not way:
+                return None
+            edges += way
+            name = way[-1].object
+        return edges
 
     def way(self, name: str, relation: Relation) -> list[Edge]:
         """Edges that lead from an entity along a relation, left-out hops included; none if none, or

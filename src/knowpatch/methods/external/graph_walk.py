@@ -29,8 +29,10 @@ class GraphWalkConfig(MethodConfig):
         description="by which wordings are compared: auto, all-MiniLM-L6-v2, own (the model's "
         "states), a folder, or a sentence-transformers model",
     )
-    parse: Literal["phrases", "model"] = Field(
-        "phrases", description="who reads the chain of relations in a question"
+    parse: Literal["auto", "model"] = Field(
+        "auto",
+        description="who reads the chain of relations in a question: its phrases, and the model "
+        "where edits do not carry what they say (auto), or the model alone",
     )
     fusion: bool = Field(
         False, description="where the walk fails, the model answers behind the facts (GMeLLo)"

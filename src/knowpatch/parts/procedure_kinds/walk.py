@@ -2,8 +2,10 @@
 
 GMeLLo (arXiv 2408.15903) and G-Walk (MQuAKE-Remastered, ICLR 2025): where the graph has an edge, it
 is the answer; else the model is asked that hop alone. The chain is read off the question's phrases,
-and by meaning where there are none, or written by the model (`parse`). A question without a known
-entity, or whose walk meets no edit, goes to the model as it came.
+and by meaning where there are none. Where edits do not carry it to the kind of thing that is asked
+for, the model names the chain, too, and is followed if it only adds to what was read and if edits
+carry what it says (`parse` auto), or the model names every chain. A question without an entity that
+is known, or whose walk meets no edit, goes to the model as it came.
 Not as published: the last write wins; names are linked by name and alias alone, never by likeness;
 of GMeLLo's `fusion` only the half is here that can change an answer, the model's own reading of the
 facts where the walk fails; no base graph is loaded.
@@ -36,7 +38,7 @@ from knowpatch.parts.worked import Notes, bare, fitted
 from knowpatch.patch import Procedure
 
 WALK = "walk@1"
-PARSES = ("phrases", "model")
+PARSES = ("auto", "model")
 SHORT, LONG = 16, 32
 """Tokens of a hop's answer; of a whole question's, and of a chain."""
 FIELDS = ("subject", "template", "relation", "object", "id")
@@ -57,7 +59,8 @@ def walk(
         edges: oldest first, each with subject, template, relation, object and the request's id.
         encoder: by which wordings are compared.
         aliases: other names, by name.
-        parse: who reads the chain of relations: phrases or model.
+        parse: who reads the chain of relations: auto (phrases, the model where they fall short) or
+            model.
         fusion: whether the model reads the facts where the walk fails.
         hops: relations of a chain at most.
     """
@@ -188,8 +191,13 @@ class Walk(ProcedureKind):
             return [self.graph.relations[exact]]
         if self.parse == "model":
             return (yield from self._written(question, view))
-        read = self._read(question, span, view)
-        return arranged(read, self.graph.kinds(entity), wanted_in(question))
+        kinds, wanted = self.graph.kinds(entity), wanted_in(question)
+        read = arranged(self._read(question, span, view), kinds, wanted)
+        if _says_all(read, kinds) or self._carried(entity, read, wanted):
+            return read
+        fuller = yield from self._written(question, view)
+        kept = {relation.id for relation in read} <= {relation.id for relation in fuller}
+        return fuller if kept and self._carried(entity, fuller, wanted) else read
 
     def _read(self, question: str, span: tuple[int, int], view: ModelView) -> list[Relation]:
         """The relations of a question that is worded as one, else by its phrases, else that which
@@ -209,6 +217,14 @@ class Walk(ProcedureKind):
         parts = filter(None, map(str.strip, said.split(">")))
         encoder = encoder_of(self.encoder, view)
         return [written(words, self.relations, encoder) for words in parts]
+
+    def _carried(self, entity: str, chain: Sequence[Relation], wanted: Collection[str]) -> bool:
+        """Whether edges alone carry a chain from an entity to what is wanted."""
+        edges = self.graph.along(entity, chain) if len(chain) <= self.hops else None
+        if not edges:
+            return False
+        gives = self.graph.relations[edges[-1].relation].gives
+        return not wanted or not gives or bool(set(gives) & set(wanted))
 
     def _hop(
         self, entity: str, relation: Relation, view: ModelView, notes: Notes
@@ -239,6 +255,14 @@ class Walk(ProcedureKind):
 def _cut(question: str, span: tuple[int, int]) -> str:
     """A question with a slot for the entity."""
     return question[: span[0]] + SLOT + question[span[1] :]
+
+
+def _says_all(chain: Sequence[Relation], kinds: Collection[str]) -> bool:
+    """Whether there is nothing to read beyond a chain: none, or one relation that things of these
+    kinds have."""
+    if len(chain) != 1:
+        return not chain
+    return not kinds or not chain[0].of or bool(set(kinds) & set(chain[0].of))
 
 
 def _in(edge: Edge, question: str) -> bool:
