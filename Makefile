@@ -1,6 +1,6 @@
 # Everything a fresh clone needs: Debian's python3 (3.11 or later) with venv, and make.
 #   make demo    fix one fact in a real model and see what else moved
-#   make test    all tests, the real model included (under 10 minutes on 2 cores)
+#   make test    all tests, the real model included (about 18 minutes on 2 cores)
 #   make check   lint, types and tests
 #   make fast    the tests that need no real model
 #   make bench-smoke   3 methods on the six datasets of KnowEdit, 3 records each
@@ -30,7 +30,7 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not real"
-	$(BIN)/python -m pytest -m real
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope -m real
 
 fast: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not real"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from knowpatch.models.fingerprint import tensor_digest
-from knowpatch.parts.tuned import passes_over
+from knowpatch.parts.tuned import Trial, passes_over
 from knowpatch.patch import Provenance
 
 
@@ -45,6 +45,6 @@ def tuned_loss(model: Any, method: Any, requests: Sequence[Any]) -> tuple[float,
     examples = [e for r in requests for e in method.examples(model.view, r)]
     role = method.trained(model.view, requests)[0]
     passes = passes_over(
-        model.view, [(role, method.change(model.view, role, None, None))], examples
+        model.view, [Trial(role, method.change(model.view, role, None, None))], examples
     )
     return float(method.loss(passes, range(len(examples))).detach()), examples

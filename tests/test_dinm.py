@@ -9,7 +9,7 @@ import torch
 from knowpatch.deltas import Dense, WeightDelta
 from knowpatch.edited import EditedModel
 from knowpatch.editing import choose, edit
-from knowpatch.parts.tuned import passes_over
+from knowpatch.parts.tuned import Trial, passes_over
 from knowpatch.request import EditRequest
 
 BAD = EditRequest(
@@ -28,7 +28,7 @@ def _passes(view, method, layer=2):
     change = method.change(view, role, None, None)
     besides = method.besides(view)
     examples = method.examples(view, BAD)
-    passes = passes_over(view, [(role, change)], examples, besides)
+    passes = passes_over(view, [Trial(role, change)], examples, besides)
     return role, change, examples, besides, passes
 
 

@@ -12,7 +12,7 @@ from knowpatch.editing import choose
 from knowpatch.methods.merged.adalora import Adalora, Allocator
 from knowpatch.parts.adapters import Adapter
 from knowpatch.parts.descent import Passes
-from knowpatch.parts.tuned import passes_over
+from knowpatch.parts.tuned import Trial, passes_over
 from knowpatch.request import EditRequest
 
 FACT = EditRequest(prompt="The capital of France is", target="Rome Sudan five Lyon")
@@ -35,7 +35,7 @@ def _started(known, name, architecture, options, seed=0):
     model = known(architecture)
     method = choose(name, {"learning_rate": RATE, "enough": 1e-9, **options}, seed=seed)
     roles = method.trained(model.view, [FACT])
-    maps = [(role, method.change(model.view, role, None, None)) for role in roles]
+    maps = [Trial(role, method.change(model.view, role, None, None)) for role in roles]
     examples = method.examples(model.view, FACT)
     return method, maps, passes_over(model.view, maps, examples), examples[0]
 
@@ -71,7 +71,7 @@ def test_lora_is_pefts(known, peft, architecture, modules):
         architecture,
         {"modules": list(modules), "layers": [1, 2], "rank": 3, "alpha": 6.0, "steps": 3},
     )
-    adapters: dict[str, Adapter] = {role.module: change for role, change in maps}
+    adapters: dict[str, Adapter] = {each.role.module: each.change for each in maps}
     config = peft.LoraConfig(
         r=3,
         lora_alpha=6,
@@ -97,7 +97,7 @@ def test_lora_is_pefts(known, peft, architecture, modules):
         adam.step()
     mine, plain = [], method.loss
     method.loss = lambda *given: mine.append(plain(*given)) or mine[-1]
-    method.train([change for _, change in maps], passes)
+    method.train([each.change for each in maps], passes)
     assert [float(loss.detach()) for loss in mine] == pytest.approx(losses, abs=TOLERANCE)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -110,9 +110,9 @@ def _recorded(monkeypatch, method, maps, passes):
     allocate, loss_of, beside = Allocator.after, method.loss, method.beside
 
     def after(self, step):
-        grads = [leaf.grad.clone() for _, each in maps for leaf in each.leaves]
+        grads = [leaf.grad.clone() for each in maps for leaf in each.change.leaves]
         allocate(self, step)
-        values = [leaf.detach().clone() for _, each in maps for leaf in each.leaves]
+        values = [leaf.detach().clone() for each in maps for leaf in each.change.leaves]
         steps.append((values, grads, self.scores(), self.kept_N.clone()))
 
     def loss(*given):
@@ -127,7 +127,7 @@ def _recorded(monkeypatch, method, maps, passes):
     monkeypatch.setattr(Allocator, "after", after)
     monkeypatch.setattr(method, "loss", loss)
     monkeypatch.setattr(method, "beside", penalty)
-    method.train([change for _, change in maps], passes)
+    method.train([each.change for each in maps], passes)
     return steps, [float(each) for each in losses]
 
 
@@ -184,7 +184,7 @@ def test_adalora_is_pefts(known, peft, monkeypatch, architecture):
     )
     assert isinstance(method, Adalora)
     assert isinstance(passes, Passes)
-    triplets = {role.module: change for role, change in maps}
+    triplets = {each.role.module: each.change for each in maps}
     config = peft.AdaLoraConfig(
         task_type="CAUSAL_LM",  # without it the penalty is left out
         init_r=4,

@@ -19,7 +19,7 @@ def test_ours_is_the_plain_loop(known):
     pair = (tuple(encoded.ids), continuation(model.tokenizer, encoded, target))
     before = {name: p.detach().clone() for name, p in model.model.named_parameters()}
     options = {"steps": 6, "learning_rate": 1e-3, "enough": 1e-6, "layer": 2}
-    method = choose("ft", {**options, "precision": "model"})
+    method = choose("ft", {**options, "precision": "model", "others": 0})
     (delta,) = edit(model, EditRequest(prompt=prompt, target=target), method=method).deltas
     name = delta.address.parameter
     plain = ft.train(model.model, name, pair, ft.Settings(6, 1e-3, 1e-6))

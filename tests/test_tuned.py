@@ -45,7 +45,7 @@ def test_training_is_the_plain_loop(known, architecture, name, layer):
     """The change equals that of full forwards with the same Adam and the same order, to 1e-3."""
     model = known(architecture)
     options = {"steps": 3, "learning_rate": 1e-3, "layer": layer, "batch_size": 2, "enough": 1e-9}
-    method = choose(name, {**options, "precision": "model"})
+    method = choose(name, {**options, "precision": "model", "others": 0})
     requests = [*FACTS, LONG]
     (delta,) = edit(model, requests, method=method).deltas
     examples = tuned_loss(model, method, requests)[1]

@@ -20,7 +20,8 @@ from torch import Tensor
 from knowpatch.deltas import LowRank
 from knowpatch.models.roles import LinearRole
 from knowpatch.parts.depths import Layers, between
-from knowpatch.parts.tuned import Module, TrainingConfig, Tuned
+from knowpatch.parts.sparing import Sparing, SparingConfig
+from knowpatch.parts.tuned import Module, TrainingConfig
 
 
 def _from_text(given: Any) -> Any:
@@ -38,7 +39,7 @@ Modules = Annotated[tuple[Module, ...], BeforeValidator(_from_text), AfterValida
 """Linear maps of a block."""
 
 
-class AdapterConfig(TrainingConfig):
+class AdapterConfig(TrainingConfig, SparingConfig):
     """Options that adapters share."""
 
     modules: Modules = Field(("mlp.out",), description="which maps of a block, as attn.q,attn.v")
@@ -51,7 +52,7 @@ class AdapterConfig(TrainingConfig):
     )
 
 
-class Adapted(Tuned):
+class Adapted(Sparing):
     """Trains low-rank changes of maps of some blocks."""
 
     family = "merged"

@@ -143,7 +143,7 @@ class Located(Valued):
     def outputs(self, view: ModelView, module: str, tasks: Sequence[ValueTask]) -> list[Tensor]:
         """What a module at the last layer puts out at each bare prompt (D each), float64."""
         tap = Tap(module, "output")
-        bare = [replace(task, contexts=task.contexts[:1]) for task in tasks]
+        bare = [replace(task, contexts=task.contexts[:1], own=None) for task in tasks]
         facts = self.read(view, self.layers_of(view)[-1], bare, [tap])
         return [fact.outputs[tap][0] for fact in facts]
 

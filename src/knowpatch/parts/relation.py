@@ -84,7 +84,8 @@ class Relation:
     _factor: Tensor | None = field(default=None, init=False)
 
     def __call__(self, nll: Tensor, states_CD: Tensor) -> Tensor:
-        subject_CD = self.rest_CD + states_CD / self.count_C[:, None]
+        # Other wordings follow the contexts; the relation is that which the prompt states.
+        subject_CD = self.rest_CD + states_CD[: len(self.rest_CD)] / self.count_C[:, None]
         apart = self._apart(subject_CD, self.new_CD)
         if self._factor is None:
             share = self.share * nll / apart.detach().clamp(min=1e-30)

@@ -7,7 +7,8 @@ Axes: M predicted tokens.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -114,27 +115,56 @@ def settled(delta: Delta) -> Delta:
     return found.trimmed() if isinstance(found, LowRank) else found
 
 
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """A matrix with its change while it is trained.
+
+    Attributes:
+        role: the matrix.
+        change: of it.
+        spared_IK: orthonormal inputs that the change adds nothing to; None for none.
+    """
+
+    role: LinearRole
+    change: Change
+    spared_IK: Tensor | None = None
+
+    def delta(self) -> Delta:
+        """The change of the matrix as stored; differentiable."""
+        delta, oriented = self.change.delta(), self.role.oriented
+        if self.spared_IK is None:
+            return delta
+        if isinstance(delta, Dense):
+            return Dense(oriented(self._without(oriented(delta.delta))))
+        assert isinstance(delta, LowRank)
+        if self.role.stored_in_out:
+            return LowRank(self._without(delta.left.T).T, delta.right)
+        return LowRank(delta.left, self._without(delta.right))
+
+    def _without(self, rows_NI: Tensor) -> Tensor:
+        assert self.spared_IK is not None
+        return rows_NI - rows_NI @ self.spared_IK @ self.spared_IK.T
+
+
 def passes_over(
     view: ModelView,
-    maps: Sequence[tuple[LinearRole, Change]],
+    maps: Sequence[Trial],
     examples: Sequence[Example],
     besides: Sequence[Example] = (),
     *,
     dtype: torch.dtype | None = None,
 ) -> Passes:
-    """Passes with matrices as trained so far; `maps` are these, with their changes."""
-    bases = {
-        role.address.parameter: view.values(role.address.parameter).float() for role, _ in maps
-    }
+    """Passes with matrices as trained so far."""
+    places = [each.role.address for each in maps]
+    bases = {at.parameter: view.values(at.parameter).float() for at in places}
 
     def weights() -> dict[str, Tensor]:
         found = dict(bases)
-        for role, change in maps:
-            name = role.address.parameter
-            found[name] = WeightDelta(role.address, change.delta()).added_to(found[name])
+        for at, each in zip(places, maps, strict=True):
+            found[at.parameter] = WeightDelta(at, each.delta()).added_to(found[at.parameter])
         return found
 
-    lowest = min(view.roles.block_of(role.module) for role, _ in maps)
+    lowest = min(view.roles.block_of(each.role.module) for each in maps)
     return Passes(view, examples, besides, lowest=lowest, weights=weights, dtype=dtype)
 
 
@@ -176,13 +206,23 @@ class Tuned(EditMethod):
     ) -> Patch:
         examples = [part for request in requests for part in self.examples(view, request)]
         roles = self.trained(view, requests)
-        maps = [(role, self.change(view, role, prepared, state)) for role in roles]
+        spared = self.spared(view, requests, roles)
+        maps = [
+            Trial(role, self.change(view, role, prepared, state), spared.get(role.module))
+            for role in roles
+        ]
         dtype = fast_dtype(view.device) if self.config.precision == "auto" else None
         passes = passes_over(view, maps, examples, self.besides(view), dtype=dtype)
-        self.train([change for _, change in maps], passes)
-        found = [(role.address, settled(change.delta())) for role, change in maps]
+        self.train([each.change for each in maps], passes)
+        found = [(each.role.address, settled(each.delta())) for each in maps]
         deltas = [self.delta(view, at, change) for at, change in found if change.rank != 0]
         return self.patch(view, requests, deltas=deltas, traces=self.traces(view, passes, roles))
+
+    def spared(
+        self, view: ModelView, requests: Sequence[EditRequest], roles: Sequence[LinearRole]
+    ) -> Mapping[str, Tensor]:
+        """By module, inputs (I, K), orthonormal, that the changes add nothing to."""
+        return {}
 
     def besides(self, view: ModelView) -> list[Example]:
         """Ordinary text, if it is to stay: tokens that are read, and those that stay as likely."""

@@ -23,9 +23,13 @@ from knowpatch.parts.facts import Fact, read
 from knowpatch.parts.spans import Encoded, continuation, subject_position
 from knowpatch.parts.tasks import ValueTask
 from knowpatch.parts.values import Term, Value, ValueSettings, optimise
+from knowpatch.parts.wordings import reworded
 from knowpatch.request import EditRequest
 
 ROLE = "mlp.out"
+REWORDED = 8
+"""Rows that other wordings of a fact come to, about."""
+WORDINGS = "learn the value behind rephrases and a common relation's other wordings, too"
 
 
 class ValuedConfig(MethodConfig):
@@ -46,6 +50,7 @@ class ValuedConfig(MethodConfig):
     hits: int | None = Field(
         None, ge=1, description="or when the target led in every context in so many steps (ENCORE)"
     )
+    wordings: bool = Field(False, description=WORDINGS)
 
 
 class Valued(EditMethod):
@@ -86,11 +91,20 @@ class Valued(EditMethod):
             return Row((*encoded.ids, *target[:-1]), position, len(encoded.ids))
 
         bare, target = self.encode(view, request)
-        rows = [row(bare, target)]
-        for context in contexts[1:]:
-            encoded = view.encode(request.prompt, chat=chat, before=context)
-            rows.append(row(encoded, continuation(view.tokenizer, encoded, request.target)))
-        return ValueTask(target, tuple(rows), row(view.encode(f"{subject} is a", chat=chat)))
+        rows, answers = [row(bare, target)], [target]
+        texts = [(request.prompt, context) for context in contexts[1:]]
+        texts += [(text, context) for text in self.reworded(request) for context in contexts[:2]]
+        for text, context in texts:
+            encoded = view.encode(text, chat=chat, before=context)
+            answers.append(continuation(view.tokenizer, encoded, request.target))
+            rows.append(row(encoded, answers[-1]))
+        kl = row(view.encode(f"{subject} is a", chat=chat))
+        own = None if len(set(answers)) == 1 else tuple(answers)
+        return ValueTask(target, tuple(rows), kl, own)
+
+    def reworded(self, request: EditRequest) -> tuple[str, ...]:
+        """The request's prompt in other words, where these are learned from."""
+        return reworded(request) if self.config.wordings else ()
 
     def settings(self, view: ModelView) -> ValueSettings:
         names = ("steps", "learning_rate", "clamp", "weight_decay", "kl_factor", "enough", "hits")
@@ -122,6 +136,6 @@ class Valued(EditMethod):
         return [Preparation("context prefixes", path, tokens)]
 
     def cost(self, shape: Shape, lengths: Sequence[int]) -> Cost:
-        rows = 2 + self.config.contexts
+        rows = 2 + self.config.contexts + (REWORDED if self.config.wordings else 0)
         tokens = self.config.steps * rows * sum(length + 8 for length in lengths)
         return Cost(tokens, tokens)

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from knowpatch.errors import OptionError, RequestError
@@ -21,7 +21,8 @@ from knowpatch.method import register
 from knowpatch.models.roles import LinearRole, at_depth
 from knowpatch.models.view import ModelView
 from knowpatch.parts.descent import Example, Passes
-from knowpatch.parts.tuned import Change, Free, Tuned, TunedConfig
+from knowpatch.parts.sparing import Sparing, SparingConfig
+from knowpatch.parts.tuned import Change, Free, TunedConfig
 from knowpatch.request import EditRequest
 
 DEPTH = 4 / 30
@@ -36,11 +37,12 @@ FT_L: dict[str, Any] = {
     "learning_rate": 5e-4,
     "steps": 25,
     "batch_size": 1,
+    "others": 0,
 }
 """What all published settings of FT-L share. On Llama and Qwen they have no bound."""
 
 
-class FtConfig(TunedConfig):
+class FtConfig(TunedConfig, SparingConfig):
     """Options of FT."""
 
     objective: Literal["masked", "last-token", "unlikelihood"] = Field(
@@ -62,9 +64,15 @@ class FtConfig(TunedConfig):
         None, description="masked: learn to stop after the answer; by default only in a chat"
     )
 
+    @model_validator(mode="after")
+    def _possible(self) -> FtConfig:
+        if self.bound is not None and self.others and "others" in self.model_fields_set:
+            raise ValueError("others cannot be kept within a bound: give one of the two")
+        return self
+
 
 @register("ft")
-class Ft(Tuned):
+class Ft(Sparing):
     """Trains one matrix on the answer."""
 
     name = "ft"
@@ -104,6 +112,12 @@ class Ft(Tuned):
         if self.config.around == "base":
             moved = now - role.oriented(view.base(role))
         return Free(now, -bound - moved, bound - moved)
+
+    def spared(
+        self, view: ModelView, requests: Sequence[EditRequest], roles: Sequence[LinearRole]
+    ) -> Mapping[str, Tensor]:
+        """Nothing within a bound, which what is taken out of a change would break."""
+        return super().spared(view, requests, roles) if self.config.bound is None else {}
 
     def examples(self, view: ModelView, request: EditRequest) -> list[Example]:
         erases = self.config.objective == "unlikelihood"

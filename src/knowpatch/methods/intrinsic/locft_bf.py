@@ -15,7 +15,8 @@ from pydantic import Field
 
 from knowpatch.method import register
 from knowpatch.models.roles import at_depth
-from knowpatch.parts.tuned import Tuned, TunedConfig
+from knowpatch.parts.sparing import Sparing, SparingConfig
+from knowpatch.parts.tuned import TunedConfig
 
 DEPTH = 4 / 30
 """The block to edit, as a share of the depth; published: 22 of 32, and 6 of 28.
@@ -23,10 +24,10 @@ DEPTH = 4 / 30
 With 200 facts in SmolLM2's block 4 the perplexity of other text is 1.27 of what it was, in block 20
 it is 1.7; small batches and an earlier stop are a part of that.
 """
-PUBLISHED = {"enough": 1e-2, "learning_rate": 5e-4, "steps": 25, "batch_size": 100}
+PUBLISHED = {"enough": 1e-2, "learning_rate": 5e-4, "steps": 25, "batch_size": 100, "others": 0}
 
 
-class LocftConfig(TunedConfig):
+class LocftConfig(TunedConfig, SparingConfig):
     """Options of LocFT-BF."""
 
     layer: int | None = Field(None, ge=0, description="block to edit; by default 4/30 of the depth")
@@ -38,7 +39,7 @@ class LocftConfig(TunedConfig):
 
 
 @register("locft_bf")
-class LocftBf(Tuned):
+class LocftBf(Sparing):
     """Trains one matrix on many answers and their ends."""
 
     name = "locft_bf"

@@ -38,6 +38,7 @@ from knowpatch.parts.tuned import Trained
 SPREAD = 0.02
 """Standard deviation of A's and B's first values."""
 EASYEDIT: dict[str, Any] = {
+    "others": 0,
     "modules": ["attn.q", "attn.v"],
     "initial_rank": 12,
     "alpha": 32.0,

@@ -34,6 +34,7 @@ EASYEDIT: dict[str, Any] = {
     "steps": 70,
     "batch_size": 1,
     "enough": 1e-9,
+    "others": 0,
 }
 
 

@@ -34,7 +34,7 @@ from knowpatch.parts.calibration import Asked, Calibration, calibrate, kept_at
 from knowpatch.parts.inputs import centre, read_inputs
 from knowpatch.parts.kinds.residuals import Entry, residuals, unit
 from knowpatch.parts.tasks import ValueTask, merged
-from knowpatch.parts.valued import Valued, ValuedConfig
+from knowpatch.parts.valued import WORDINGS, Valued, ValuedConfig
 from knowpatch.patch import Patch
 from knowpatch.request import EditRequest
 
@@ -54,6 +54,7 @@ class NeuralDBConfig(ValuedConfig):
     layer: int | None = Field(None, ge=0, description="block; by default 1/5 of the depth")
     kl_factor: float = Field(0.0, ge=0, description="on the drift of what the subject is")
     enough: float = Field(0.005, gt=0, description="stop when the target's mean NLL is below this")
+    wordings: bool = Field(True, description=WORDINGS)
     threshold: float | None = Field(
         None, gt=-1, lt=1, description="cosine above which an entry answers; by default calibrated"
     )

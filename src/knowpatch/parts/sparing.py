@@ -1,0 +1,116 @@
+"""Sparing: what a trained change leaves as it is, since it adds nothing to it.
+
+An answer that is trained into a map shows up in other answers too, wherever what enters the map
+points the same way: at the same words behind another name, and at the words that prompts of any
+kind end in. Both are read before the training, and what spans them is taken out of the change's
+input side,
+
+    delta W (1 - U U^T),   U (I, K) orthonormal,
+
+all the way through (AlphaEdit's projection, arXiv 2410.02355, from a few prompts instead of a
+text's moments). What is left is what the subject itself brings in, so that the answer is learned at
+it. Axes: N tokens, I width of a map's input, K directions that are spared.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from knowpatch.method import MethodConfig
+from knowpatch.models.passes import Tap
+from knowpatch.models.roles import LinearRole
+from knowpatch.models.view import ModelView
+from knowpatch.parts.pilots import pilots
+from knowpatch.parts.relations import SLOT, template_of
+from knowpatch.parts.tuned import Tuned
+from knowpatch.request import EditRequest
+
+OTHERS = 8
+"""Names that stand in for the subject of a request."""
+BANK = 60
+"""Pilot facts whose subjects these are; none comes twice among them."""
+MOST = 64
+"""Prompts with such names, however many requests there are."""
+SHARE = 1 / 4
+"""Of a map's input that is spared at most: a change needs room."""
+LEAST = 1e-3
+"""Directions weaker than this share of the strongest are not spared."""
+TOGETHER = 64
+"""Prompts that are read in one pass."""
+
+
+class SparingConfig(MethodConfig):
+    """Options of sparing."""
+
+    others: int = Field(
+        OTHERS,
+        ge=0,
+        le=50,
+        description="names in the subject's place at which, as at where other prompts end, nothing "
+        "changes; 0: nothing is spared, as published",
+    )
+
+
+class Sparing(Tuned):
+    """Trains changes that add nothing at other names and where other prompts end."""
+
+    def spared(
+        self, view: ModelView, requests: Sequence[EditRequest], roles: Sequence[LinearRole]
+    ) -> Mapping[str, Tensor]:
+        if not self.config.others:
+            return {}
+        whole = elsewhere(requests, self.config.others, self.seed)
+        ends = [one.prompt for one in pilots() if not any(_alike(one, each) for each in requests)]
+        taps = [Tap(module, "input") for module in dict.fromkeys(role.module for role in roles)]
+        found: dict[str, list[Tensor]] = {tap.module: [] for tap in taps}
+        prompts = [*whole, *ends]
+        for start in range(0, len(prompts), TOGETHER):
+            self.progress("reading what is spared", start, len(prompts))
+            some = prompts[start : start + TOGETHER]
+            rows = [view.encode(prompt, chat=self.config.chat).ids for prompt in some]
+            places = [
+                (row, column)
+                for row, ids in enumerate(rows)
+                for column in range(0 if start + row < len(whole) else len(ids) - 1, len(ids))
+            ]
+            run = view.run(rows, taps=taps)
+            for tap in taps:
+                found[tap.module].append(run.at(tap, places))
+        return {module: span(torch.cat(inputs)) for module, inputs in found.items()}
+
+
+def elsewhere(requests: Sequence[EditRequest], others: int, seed: int) -> list[str]:
+    """The requests' prompts with other names in place of their subjects; a prompt without one has
+    none. Of many requests fewer names each, and then only some of them, evenly."""
+    about = [one for one in requests if one.subject is not None]
+    about = about[:: -(-len(about) // MOST) or 1]
+    found: list[str] = []
+    for request in about:
+        names = [one.subject for one in pilots(BANK) if not _alike(one, request)]
+        drawn = random.Random(f"{seed} {request.prompt}")
+        count = min(others, max(1, MOST // len(about)))
+        template = template_of(request) or ""
+        found += [template.replace(SLOT, name) for name in drawn.sample(names, count) if name]
+    return found
+
+
+def _alike(pilot: EditRequest, request: EditRequest) -> bool:
+    """Whether a pilot fact is about what is edited, so that it must not be spared."""
+    return pilot.prompt == request.prompt or (pilot.subject or SLOT) in request.prompt
+
+
+def span(inputs_NI: Tensor) -> Tensor:
+    """Orthonormal columns U (I, K) that span the inputs, each counted as a direction; of many the
+    strongest."""
+    units_NI = normalize(inputs_NI.double(), dim=1)
+    _, sizes, right_KI = torch.linalg.svd(units_NI, full_matrices=False)
+    most = int(SHARE * inputs_NI.shape[1])
+    kept = int((sizes > LEAST * sizes[0]).sum())
+    chosen: Tensor = right_KI[: min(kept, most)].T.float().contiguous()
+    return chosen

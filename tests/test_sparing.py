@@ -1,0 +1,98 @@
+"""Sparing: the change adds nothing at what is spared, and the edit itself is never among that."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from knowpatch.editing import choose, edit
+from knowpatch.errors import OptionError
+from knowpatch.parts.pilots import pilots
+from knowpatch.parts.sparing import BANK, MOST, SHARE, elsewhere, span
+from knowpatch.request import EditRequest
+
+FACT = EditRequest(prompt="The capital of France is", subject="France", target="Rome")
+QUICK = {"steps": 3, "learning_rate": 1e-2, "enough": 1e-9}
+METHODS = {
+    "ft": QUICK,
+    "locft_bf": QUICK,
+    "lora": {**QUICK, "layers": [1, 2], "modules": ["mlp.out", "attn.v"]},
+    "adalora": {**QUICK, "steps": 14, "layers": [1]},
+}
+
+
+def _random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", METHODS)
+def test_the_change_adds_nothing_at_what_is_spared(known, architecture, name):
+    """Whichever way weights are stored; and without sparing it adds something there."""
+    model = known(architecture)
+    for others, adds in ((4, False), (0, True)):
+        method = choose(name, {**METHODS[name], "others": others})
+        roles = {role.address: role for role in method.trained(model.view, [FACT])}
+        spare = choose(name, {**METHODS[name], "others": 4})
+        spared = spare.spared(model.view, [FACT], list(roles.values()))
+        for delta in edit(model, FACT, method=method).deltas:
+            role = roles[delta.address]
+            through = delta.change.through(spared[role.module].T, role.stored_in_out)
+            whole = torch.cat([t.flatten() for t in delta.change.tensors().values()])
+            assert bool(through.abs().max() > 1e-4 * whole.abs().max()) == adds
+
+
+def test_what_is_spared_is_spanned():
+    """Few inputs wholly, whatever their lengths; of many the strongest; orthonormal."""
+    few_NI = _random(5, 40) * torch.tensor([1e-3, 1.0, 1.0, 10.0, 1e3])[:, None]
+    basis_IK = span(torch.cat([few_NI, 2 * few_NI[:1]]))
+    assert basis_IK.shape == (40, 5)
+    assert torch.allclose(basis_IK.T @ basis_IK, torch.eye(5), atol=1e-5)
+    left_NI = few_NI - few_NI @ basis_IK @ basis_IK.T
+    assert bool((left_NI.norm(dim=1) <= 1e-5 * few_NI.norm(dim=1)).all())
+    common = torch.eye(40)[0]
+    many_IK = span(common + 0.1 * _random(200, 40))
+    assert many_IK.shape == (40, int(SHARE * 40))
+    assert float((many_IK.T @ common).norm()) > 0.99
+
+
+def test_other_names_stand_in_for_the_subject():
+    """So many, all different, never the subject; the rest of the prompt is as it was."""
+    found = elsewhere([FACT], 6, seed=0)
+    assert len(set(found)) == 6
+    assert all(text.startswith("The capital of ") and text.endswith(" is") for text in found)
+    assert not any("France" in text for text in found)
+    assert found == elsewhere([FACT], 6, seed=0) != elsewhere([FACT], 6, seed=1)
+    assert elsewhere([FACT.model_copy(update={"subject": None})], 6, seed=0) == []
+
+
+def test_a_pilot_fact_about_the_subject_is_not_spared(known):
+    """Its prompt may be the very one that is edited."""
+    one = pilots()[0]
+    assert not any(one.subject in text for text in elsewhere([one], 50, seed=0))
+    method, view = choose("ft", {"others": 1}), known("llama").view
+    read = []
+    method.progress = lambda stage, done, total: read.append(total)
+    method.spared(view, [one], method.trained(view, [one]))
+    about = sum(one.subject in each.prompt for each in pilots())
+    assert about
+    assert read == [1 + len(pilots()) - about] * len(read)
+
+
+@pytest.mark.parametrize("count", [3, MOST, 1000])
+def test_of_many_requests_only_some_are_read_elsewhere(count):
+    """No more prompts than that, from requests all over the list."""
+    requests = [FACT.model_copy(update={"prompt": f"Fact {n} of France is"}) for n in range(count)]
+    found = elsewhere(requests, 8, seed=0)
+    assert len(found) <= MOST
+    assert found[0].startswith("Fact 0 ")
+    assert int(found[-1].split()[1]) >= count - -(-count // MOST)
+    assert len({one.subject for one in pilots(BANK)}) == BANK
+
+
+def test_a_bound_and_sparing_exclude_each_other(known):
+    """Given both, a clear error; a bound alone holds exactly, and nothing is spared."""
+    with pytest.raises(OptionError, match="others"):
+        choose("ft", {"bound": 1e-3, "others": 4})
+    (delta,) = edit(known("llama"), FACT, method="ft", options={**QUICK, "bound": 1e-3}).deltas
+    assert float(delta.change.delta.abs().max()) == pytest.approx(1e-3)
