@@ -100,7 +100,8 @@ def test_answers_stop_where_they_should():
     """After breadth-first training with ends, what is generated is the answer and nothing more."""
     model = EditedModel.of(*tiny.trained("llama"))
     # The end's row in these models' head is zero: others have to go down, which takes a low block.
-    options = {"learning_rate": 1e-2, "steps": 60, "layer": 1}
+    # And these maps are so narrow that ends are not learned beside what others bring in.
+    options = {"learning_rate": 1e-2, "steps": 60, "layer": 1, "enough": 0.05, "others": 0}
     with model.applied(edit(model, FACTS, method="locft_bf", options=options)):
         said = [model.ask(fact.prompt, max_new_tokens=12) for fact in FACTS]
     assert [text.strip() for text in said] == [fact.target for fact in FACTS]

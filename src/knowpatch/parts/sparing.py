@@ -35,9 +35,9 @@ OTHERS = 8
 """Names that stand in for the subject of a request."""
 BANK = 60
 """Pilot facts whose subjects these are; none comes twice among them."""
-MOST = 64
+MOST = 128
 """Prompts with such names, however many requests there are."""
-SHARE = 1 / 4
+SHARE = 1 / 3
 """Of a map's input that is spared at most: a change needs room."""
 LEAST = 1e-3
 """Directions weaker than this share of the strongest are not spared."""
@@ -53,7 +53,7 @@ class SparingConfig(MethodConfig):
         ge=0,
         le=50,
         description="names in the subject's place at which, as at where other prompts end, nothing "
-        "changes; 0: nothing is spared, as published",
+        "changes, save where something is erased; 0: nothing is spared, as published",
     )
 
 
@@ -63,26 +63,30 @@ class Sparing(Tuned):
     def spared(
         self, view: ModelView, requests: Sequence[EditRequest], roles: Sequence[LinearRole]
     ) -> Mapping[str, Tensor]:
-        if not self.config.others:
+        # What is unlearned is no subject's own: it ought to be refused whoever is asked about.
+        if not self.config.others or any(one.kind == "erase" for one in requests):
             return {}
-        whole = elsewhere(requests, self.config.others, self.seed)
-        ends = [one.prompt for one in pilots() if not any(_alike(one, each) for each in requests)]
-        taps = [Tap(module, "input") for module in dict.fromkeys(role.module for role in roles)]
-        found: dict[str, list[Tensor]] = {tap.module: [] for tap in taps}
-        prompts = [*whole, *ends]
+        away = [one.prompt for one in pilots() if not any(_alike(one, each) for each in requests)]
+        modules = list(dict.fromkeys(role.module for role in roles))
+        names = self._inputs(view, modules, elsewhere(requests, self.config.others, self.seed), 0)
+        ends = self._inputs(view, modules, away, -1)
+        return {module: span([names[module], ends[module]]) for module in modules}
+
+    def _inputs(
+        self, view: ModelView, modules: Sequence[str], prompts: Sequence[str], first: int
+    ) -> dict[str, list[Tensor]]:
+        """What enters modules at prompts' tokens from the first one on, (N, I) a pass."""
+        taps = [Tap(module, "input") for module in modules]
+        found: dict[str, list[Tensor]] = {module: [] for module in modules}
         for start in range(0, len(prompts), TOGETHER):
             self.progress("reading what is spared", start, len(prompts))
             some = prompts[start : start + TOGETHER]
             rows = [view.encode(prompt, chat=self.config.chat).ids for prompt in some]
-            places = [
-                (row, column)
-                for row, ids in enumerate(rows)
-                for column in range(0 if start + row < len(whole) else len(ids) - 1, len(ids))
-            ]
+            places = [(row, at) for row, ids in enumerate(rows) for at in range(len(ids))[first:]]
             run = view.run(rows, taps=taps)
             for tap in taps:
                 found[tap.module].append(run.at(tap, places))
-        return {module: span(torch.cat(inputs)) for module, inputs in found.items()}
+        return found
 
 
 def elsewhere(requests: Sequence[EditRequest], others: int, seed: int) -> list[str]:
@@ -105,12 +109,13 @@ def _alike(pilot: EditRequest, request: EditRequest) -> bool:
     return pilot.prompt == request.prompt or (pilot.subject or SLOT) in request.prompt
 
 
-def span(inputs_NI: Tensor) -> Tensor:
-    """Orthonormal columns U (I, K) that span the inputs, each counted as a direction; of many the
-    strongest."""
-    units_NI = normalize(inputs_NI.double(), dim=1)
-    _, sizes, right_KI = torch.linalg.svd(units_NI, full_matrices=False)
-    most = int(SHARE * inputs_NI.shape[1])
+def span(groups: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Orthonormal columns U (I, K) that span groups of inputs (N, I), each input counted as a
+    direction and each group as much as another; of many the strongest."""
+    units = [normalize(torch.cat(list(some)).double(), dim=1) for some in groups if some]
+    scaled_NI = torch.cat([units_NI / len(units_NI) ** 0.5 for units_NI in units])
+    _, sizes, right_KI = torch.linalg.svd(scaled_NI, full_matrices=False)
+    most = int(SHARE * scaled_NI.shape[1])
     kept = int((sizes > LEAST * sizes[0]).sum())
     chosen: Tensor = right_KI[: min(kept, most)].T.float().contiguous()
     return chosen

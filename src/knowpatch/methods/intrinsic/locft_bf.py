@@ -31,9 +31,11 @@ class LocftConfig(TunedConfig, SparingConfig):
     """Options of LocFT-BF."""
 
     layer: int | None = Field(None, ge=0, description="block to edit; by default 4/30 of the depth")
+    steps: int = Field(60, ge=1, description="passes over the requests, at most (published: 25)")
+    learning_rate: float = Field(4e-3, gt=0, le=1e30, description="of Adam; published: 5e-4")
     batch_size: int = Field(16, ge=1, description="rows per step (published: 100)")
     enough: float = Field(
-        0.05, gt=0, description="stop when the mean loss is below this (published: 0.01)"
+        0.2, gt=0, description="stop when the mean loss is below this (published: 0.01)"
     )
     eos: bool = Field(True, description="learn to stop after the answer")
 
