@@ -48,6 +48,8 @@ class FtConfig(TunedConfig, SparingConfig):
     objective: Literal["masked", "last-token", "unlikelihood"] = Field(
         "masked", description="masked (FT-M), last-token (FT-L), unlikelihood (erase requests)"
     )
+    # An answer of twenty tokens is not always there after forty.
+    steps: int = Field(100, ge=1, description="passes over the requests, at most")
     layer: int | None = Field(
         None,
         ge=0,
