@@ -20,7 +20,8 @@ from knowpatch.ledger.place import same_model
 from knowpatch.ledger.store import TEXT
 from knowpatch.models.origin import BUNDLED
 
-LEARN = ("--set", "learning_rate=0.01")
+# Nothing is spared, so that edits about different subjects meet.
+LEARN = ("--set", "learning_rate=0.01", "--set", "others=0")
 NILE = ("edit", "The Nile flows through", "--subject", "Nile", "--target", "Tokyo")
 NOWHERE = "no .knowpatch here or above; run knowpatch init"
 CAIRO = ("edit", "The capital of France is", "--subject", "France", "--target", "Cairo")

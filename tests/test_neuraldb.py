@@ -29,7 +29,8 @@ FRANCE, JAPAN, NILE = (
     EditRequest(prompt=prompt, subject=subject, target=tiny.EDITS[prompt])
     for prompt, subject in zip(tiny.EDITS, ("France", "Japan", "Nile"), strict=True)
 )
-OPTIONS = {"clamp": 8.0, "layer": 0, "threshold": 0.9}
+# The table itself is looked at, so without the keys that other wordings bring (test_wordings.py).
+OPTIONS = {"clamp": 8.0, "layer": 0, "threshold": 0.9, "wordings": False}
 
 
 def _wrap(rows, mean=None, module="m"):
