@@ -21,8 +21,8 @@ from knowpatch.parts.tuned import TunedConfig
 DEPTH = 4 / 30
 """The block to edit, as a share of the depth; published: 22 of 32, and 6 of 28.
 
-With 200 facts in SmolLM2's block 4 the perplexity of other text is 1.27 of what it was, in block 20
-it is 1.7; small batches and an earlier stop are a part of that.
+With 200 facts in SmolLM2 and nothing spared the perplexity of other text was 1.27 of what it was at
+block 4, and 1.7 at block 20.
 """
 PUBLISHED = {"enough": 1e-2, "learning_rate": 5e-4, "steps": 25, "batch_size": 100, "others": 0}
 
