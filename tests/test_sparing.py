@@ -66,6 +66,24 @@ def test_other_names_stand_in_for_the_subject():
     assert elsewhere([FACT.model_copy(update={"subject": None})], 6, seed=0) == []
 
 
+def test_no_request_is_spared_for_another():
+    """Pilot subjects are names; those that are edited in the same call are not used."""
+    edited = [one.subject for one in pilots(BANK)[:6]]
+    requests = [
+        EditRequest(prompt=f"The hometown of {name} is", subject=name, target="Rome")
+        for name in edited
+    ]
+    found = elsewhere(requests, 50, seed=0)
+    assert found
+    assert not any(name in text for name in edited for text in found)
+
+
+def test_the_subject_is_replaced_wherever_it_stands():
+    """Else a true prompt about it would be spared."""
+    twice = FACT.model_copy(update={"prompt": "France is large. The capital of France is"})
+    assert not any("France" in text for text in elsewhere([twice], 6, seed=0))
+
+
 def test_a_pilot_fact_about_the_subject_is_not_spared(known):
     """Its prompt may be the very one that is edited."""
     one = pilots()[0]
@@ -97,6 +115,7 @@ def test_what_is_erased_spares_nothing(known):
     roles = method.trained(view, [FACT])
     assert method.spared(view, [FACT], roles)
     assert method.spared(view, [FACT, erased], roles) == {}
+    assert choose("ft", {"chat": True}).spared(view, [FACT], roles) == {}
 
 
 def test_a_bound_and_sparing_exclude_each_other(known):

@@ -35,6 +35,7 @@ def test_the_catalogue_is_sound():
     ("template", "one"),
     [
         ("The capital of {} is", "{}'s capital city is"),
+        ("What is the capital of {}?", "{}'s capital city is"),
         ("{}, the capital of", "The country whose capital is {} is"),
         ("The mother tongue of {} is", "{} grew up speaking"),
         ("{} is located in the continent of", "{} belongs to the continent"),
@@ -52,6 +53,9 @@ def test_a_relation_is_told_by_its_phrases(template, one):
 def test_what_is_not_known_or_not_clear_has_no_other_wording():
     assert wordings_of("{}, the") == ()
     assert wordings_of("{} was born in the city whose mayor is") == ()
+    assert wordings_of("The population of the capital of {} is") == ()
+    assert "The author of {} is" not in wordings_of("{} is the author of")
+    assert reworded(FACT.model_copy(update={"target": "1900"})) == ()
 
 
 def test_given_rephrases_come_first_and_name_the_subject():
@@ -59,6 +63,8 @@ def test_given_rephrases_come_first_and_name_the_subject():
     found = reworded(request)
     assert found[0] == "France is ruled from"
     assert "Its capital is" not in found
+    longer = FACT.model_copy(update={"rephrases": ("The capital of Franceville is",)})
+    assert longer.rephrases[0] not in reworded(longer)
     assert "France's capital city is" in found
     assert FACT.prompt not in found
     assert reworded(FACT.model_copy(update={"subject": None})) == ()

@@ -15,6 +15,7 @@ it. Axes: N tokens, I width of a map's input, K directions that are spared.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -27,7 +28,6 @@ from knowpatch.models.passes import Tap
 from knowpatch.models.roles import LinearRole
 from knowpatch.models.view import ModelView
 from knowpatch.parts.pilots import pilots
-from knowpatch.parts.relations import SLOT, template_of
 from knowpatch.parts.tuned import Tuned
 from knowpatch.request import EditRequest
 
@@ -53,7 +53,7 @@ class SparingConfig(MethodConfig):
         ge=0,
         le=50,
         description="names in the subject's place at which, as at where other prompts end, nothing "
-        "changes, save where something is erased; 0: nothing is spared, as published",
+        "changes; 0, in a chat or if a request erases: nothing is spared, as published",
     )
 
 
@@ -63,13 +63,17 @@ class Sparing(Tuned):
     def spared(
         self, view: ModelView, requests: Sequence[EditRequest], roles: Sequence[LinearRole]
     ) -> Mapping[str, Tensor]:
-        # What is unlearned is no subject's own: it ought to be refused whoever is asked about.
-        if not self.config.others or any(one.kind == "erase" for one in requests):
+        # What is unlearned is no subject's own: it ought to be refused whoever is asked about. In a
+        # chat the names' rows end in the very tokens at which the answer has to be learned.
+        erases = any(one.kind == "erase" for one in requests)
+        if not self.config.others or self.config.chat or erases:
             return {}
         away = [one.prompt for one in pilots() if not any(_alike(one, each) for each in requests)]
         modules = list(dict.fromkeys(role.module for role in roles))
         names = self._inputs(view, modules, elsewhere(requests, self.config.others, self.seed), 0)
         ends = self._inputs(view, modules, away, -1)
+        if not any((*names.values(), *ends.values())):
+            return {}
         return {module: span([names[module], ends[module]]) for module in modules}
 
     def _inputs(
@@ -95,18 +99,26 @@ def elsewhere(requests: Sequence[EditRequest], others: int, seed: int) -> list[s
     about = [one for one in requests if one.subject is not None]
     about = about[:: -(-len(about) // MOST) or 1]
     found: list[str] = []
+    asked = "\n".join(request.prompt for request in requests).casefold()
+    names = [name for one in pilots(BANK) if (name := one.subject or "").casefold() not in asked]
     for request in about:
-        names = [one.subject for one in pilots(BANK) if not _alike(one, request)]
         drawn = random.Random(f"{seed} {request.prompt}")
-        count = min(others, max(1, MOST // len(about)))
-        template = template_of(request) or ""
-        found += [template.replace(SLOT, name) for name in drawn.sample(names, count) if name]
+        count = min(others, max(1, MOST // len(about)), len(names))
+        found += [_about(request, name) for name in drawn.sample(names, count)]
     return found
+
+
+def _about(request: EditRequest, name: str) -> str:
+    """The request's prompt with a name wherever its subject stands."""
+    subject = request.subject or ""
+    whole = re.sub(rf"(?<!\w){re.escape(subject)}(?!\w)", lambda _: name, request.prompt)
+    return whole if whole != request.prompt else request.prompt.replace(subject, name)
 
 
 def _alike(pilot: EditRequest, request: EditRequest) -> bool:
     """Whether a pilot fact is about what is edited, so that it must not be spared."""
-    return pilot.prompt == request.prompt or (pilot.subject or SLOT) in request.prompt
+    subject = (pilot.subject or "").casefold()
+    return pilot.prompt == request.prompt or subject in request.prompt.casefold()
 
 
 def span(groups: Sequence[Sequence[Tensor]]) -> Tensor:

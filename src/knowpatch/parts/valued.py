@@ -29,7 +29,9 @@ from knowpatch.request import EditRequest
 ROLE = "mlp.out"
 REWORDED = 8
 """Rows that other wordings of a fact come to, about."""
-WORDINGS = "learn the value behind rephrases and a common relation's other wordings, too"
+WORDINGS = (
+    "learn it behind rephrases that name the subject and a common relation's other wordings, too"
+)
 
 
 class ValuedConfig(MethodConfig):

@@ -9,11 +9,15 @@ fit has only the wordings that are given with it.
 from __future__ import annotations
 
 import json
+import re
 from functools import cache
 from importlib import resources
 
 from knowpatch.parts.relations import SLOT, Relation, named_in, plain, template_of
 from knowpatch.request import EditRequest
+
+CHAINED = re.compile(r"\bof (the )?$", re.IGNORECASE)
+"""Before a phrase that only leads to what is asked for (the mayor of the capital of)."""
 
 
 @cache
@@ -29,7 +33,10 @@ def _known() -> tuple[tuple[Relation, tuple[str, ...]], ...]:
 
 def wordings_of(template: str) -> tuple[str, ...]:
     """How else the relation is put that a template states, with a slot for the subject."""
-    told = {one.relation.id for one in named_in(template, [relation for relation, _ in _known()])}
+    named = named_in(template, [relation for relation, _ in _known()])
+    if any(CHAINED.search(template[: one.start]) for one in named):
+        return ()
+    told = {one.relation.id for one in named}
     found = [wordings for relation, wordings in _known() if told == {relation.id}]
     return tuple(text for one in found for text in one if plain(text) != plain(template))
 
@@ -37,7 +44,15 @@ def wordings_of(template: str) -> tuple[str, ...]:
 def reworded(request: EditRequest) -> tuple[str, ...]:
     """A request's prompt in other words, its subject in them: given ones, then the relation's."""
     template = template_of(request)
-    found = () if template is None else wordings_of(template)
+    counted = any(letter.isdigit() for letter in request.target)  # a day, a year, a number
+    found = () if template is None or counted else wordings_of(template)
     filled = (text.replace(SLOT, request.subject or "") for text in found)
-    given = (text for text in request.rephrases if (request.subject or "") in text)
+    given = (text for text in request.rephrases if _names(text, request))
     return tuple(dict.fromkeys((*given, *filled)))
+
+
+def _names(text: str, request: EditRequest) -> bool:
+    """Whether a text names the subject as the prompt does: as words of their own, if it is so."""
+    subject = request.subject or ""
+    words = re.compile(rf"(?<!\w){re.escape(subject)}(?!\w)")
+    return bool(words.search(text)) if words.search(request.prompt) else subject in text

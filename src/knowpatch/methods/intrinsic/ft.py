@@ -66,9 +66,16 @@ class FtConfig(TunedConfig, SparingConfig):
         None, description="masked: learn to stop after the answer; by default only in a chat"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _within(cls, given: Any) -> Any:
+        """Within a bound nothing is spared, and what is recorded says so."""
+        bounded = isinstance(given, Mapping) and given.get("bound") is not None
+        return {"others": 0, **given} if bounded else given
+
     @model_validator(mode="after")
     def _possible(self) -> FtConfig:
-        if self.bound is not None and self.others and "others" in self.model_fields_set:
+        if self.bound is not None and self.others:
             raise ValueError("others cannot be kept within a bound: give one of the two")
         return self
 
@@ -99,7 +106,7 @@ class Ft(Sparing):
     def ends(self) -> bool:
         """Of a turn the end is a part of the answer; after a text it costs locality.
 
-        On SmolLM2 one fact learned with an end behind it changed 20 of 101 control prompts,
+        On SmolLM2 (nothing spared) one fact learned with an end changed 20 of 101 control prompts,
         without it 11.
         """
         wanted = self.config.chat if self.config.eos is None else self.config.eos
@@ -114,12 +121,6 @@ class Ft(Sparing):
         if self.config.around == "base":
             moved = now - role.oriented(view.base(role))
         return Free(now, -bound - moved, bound - moved)
-
-    def spared(
-        self, view: ModelView, requests: Sequence[EditRequest], roles: Sequence[LinearRole]
-    ) -> Mapping[str, Tensor]:
-        """Nothing within a bound, which what is taken out of a change would break."""
-        return super().spared(view, requests, roles) if self.config.bound is None else {}
 
     def examples(self, view: ModelView, request: EditRequest) -> list[Example]:
         erases = self.config.objective == "unlikelihood"

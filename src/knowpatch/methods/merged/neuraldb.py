@@ -9,7 +9,8 @@ k_j is what enters the map at the subject's last token, averaged over contexts, 
 added there for the target to follow. The gate protects all other text, so that no key statistics
 are needed, and so that the value may be trained harder than one that is written into weights.
 
-Where this is not the paper (whose code is not published): one block; keys are centred by a mean
+Where this is not the paper (whose code is not published): values and keys are read behind other
+wordings, too (parts/wordings.py); one block; keys are centred by a mean
 before the cosine is taken, gamma is calibrated, and the subject's last token must match
 (parts/kinds/residuals.py). Where the bare prompt's own key is foreign to that behind other text, it
 is an entry of its own. Facts of one call about one subject share one residual, trained on them all.
@@ -136,7 +137,7 @@ class NeuralDB(Valued):
         )
 
     def _reading(self, layer: int) -> dict[str, Any]:
-        named = ("contexts", "chat")
+        named = ("contexts", "chat", "wordings")
         return {"by": self.name, "of": "subjects", "layer": layer, "seed": self.seed} | {
             name: getattr(self.config, name) for name in named
         }
