@@ -58,14 +58,19 @@ def subject_span(text: str, subject: str, start: int = 0, *, last: bool = False)
     An occurrence that is not part of a longer word comes before one that is ("Ann" in "Anna and
     Ann"); scripts without spaces have only the second kind.
     """
-    found = [match.span() for match in re.compile(re.escape(subject)).finditer(text, start)]
+    found = subject_spans(text, subject, start)
     if not found:
         raise RequestError(f"subject {subject!r} is not in the prompt {text[start:]!r}")
-    apart = [span for span in found if not _in_word(text, span)] or found
-    return apart[-1 if last else 0]
+    return found[-1 if last else 0]
 
 
-def _in_word(text: str, span: Span) -> bool:
+def subject_spans(text: str, subject: str, start: int = 0) -> list[Span]:
+    """All occurrences; those within longer words only where there are no others."""
+    found = [match.span() for match in re.compile(re.escape(subject)).finditer(text, start)]
+    return [span for span in found if not in_word(text, span)] or found
+
+
+def in_word(text: str, span: Span) -> bool:
     """Whether a span is part of a longer word: a letter, digit or combining mark goes on."""
     around = text[max(span[0] - 1, 0) : span[0]], text[span[1] : span[1] + 1]
     return any(c == "_" or unicodedata.category(c)[0] in "LNM" for c in around if c)

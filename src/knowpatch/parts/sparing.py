@@ -15,7 +15,6 @@ it. Axes: N tokens, I width of a map's input, K directions that are spared.
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -28,6 +27,7 @@ from knowpatch.models.passes import Tap
 from knowpatch.models.roles import LinearRole
 from knowpatch.models.view import ModelView
 from knowpatch.parts.pilots import pilots
+from knowpatch.parts.spans import subject_spans
 from knowpatch.parts.tuned import Tuned
 from knowpatch.request import EditRequest
 
@@ -110,9 +110,10 @@ def elsewhere(requests: Sequence[EditRequest], others: int, seed: int) -> list[s
 
 def _about(request: EditRequest, name: str) -> str:
     """The request's prompt with a name wherever its subject stands."""
-    subject = request.subject or ""
-    whole = re.sub(rf"(?<!\w){re.escape(subject)}(?!\w)", lambda _: name, request.prompt)
-    return whole if whole != request.prompt else request.prompt.replace(subject, name)
+    text = request.prompt
+    for start, stop in reversed(subject_spans(text, request.subject or "")):
+        text = text[:start] + name + text[stop:]
+    return text
 
 
 def _alike(pilot: EditRequest, request: EditRequest) -> bool:

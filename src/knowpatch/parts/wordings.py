@@ -14,6 +14,7 @@ from functools import cache
 from importlib import resources
 
 from knowpatch.parts.relations import SLOT, Relation, named_in, plain, template_of
+from knowpatch.parts.spans import in_word, subject_span, subject_spans
 from knowpatch.request import EditRequest
 
 CHAINED = re.compile(r"\bof (the )?$", re.IGNORECASE)
@@ -53,6 +54,6 @@ def reworded(request: EditRequest) -> tuple[str, ...]:
 
 def _names(text: str, request: EditRequest) -> bool:
     """Whether a text names the subject as the prompt does: as words of their own, if it is so."""
-    subject = request.subject or ""
-    words = re.compile(rf"(?<!\w){re.escape(subject)}(?!\w)")
-    return bool(words.search(text)) if words.search(request.prompt) else subject in text
+    subject, prompt = request.subject or "", request.prompt
+    found = subject_spans(text, subject)
+    return bool(found) and in_word(text, found[0]) <= in_word(prompt, subject_span(prompt, subject))
