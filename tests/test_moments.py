@@ -18,6 +18,7 @@ from knowpatch.models.fingerprint import tensor_digest
 from knowpatch.models.passes import Tap
 from knowpatch.models.twin import twin
 from knowpatch.parts import moments, prefixes
+from knowpatch.parts.text import find_text
 from knowpatch.request import EditRequest
 
 
@@ -379,7 +380,7 @@ def test_statistics_of_a_users_text(setting, store, tmp_path):
     text = tmp_path / "facts.txt"
     text.write_text("\n\n".join(f"{p} {a}." for p, a in tiny.FACTS.items()))
     found = moments.key_moments(view, "mlp.out", [1], text=str(text), tokens=40, seed=0)[1]
-    assert moments.text_name(str(text)) == "facts.txt"
+    assert find_text(str(text)).name == "facts.txt"
     assert found.count == 40
     with pytest.raises(DataError, match="no such file"):
         moments.kept_at("", "mlp.out", 1, text=str(tmp_path / "none.txt"), tokens=40, seed=0)

@@ -14,7 +14,7 @@ SLOW = '''
 
 from pydantic import Field
 
-from knowpatch.method import EditMethod, MethodConfig, Preparation, register
+from knowpatch.method import EditMethod, MethodConfig, register
 from knowpatch.parts import moments
 
 
@@ -46,15 +46,7 @@ class Slow(EditMethod):
         )
 
     def preparations(self, shape):
-        name = moments.text_name(self.config.text)
-        return [
-            Preparation(
-                f"statistics of block {block} ({name})",
-                moments.kept_at(shape.fingerprint, "mlp.out", block, **self._given()),
-                0 if block else self.config.tokens,
-            )
-            for block in (0, 2)
-        ]
+        return moments.preparations(shape, "mlp.out", [0, 2], **self._given())
 
     def edit(self, view, requests, prepared, state):
         raise NotImplementedError
@@ -117,13 +109,13 @@ def test_what_a_person_reads(folder: Path, place: Path) -> None:
     assert result.code == 0
     before, _, after = result.out.partition("kept")
     assert "slow on tiny-llama" in before
-    assert "to make    statistics of block 0 (" in before
+    assert "to make    key statistics of block 0 (" in before
     assert "after loading" in before
     assert "made in" in after
     assert ".safetensors" in after
     assert "collecting key statistics" in result.err
     again = prepare(folder, place)
-    assert "there      statistics of block 0" in again.out
+    assert "there      key statistics of block 0" in again.out
     assert again.out.count("was there") == 2
 
 

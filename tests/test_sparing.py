@@ -7,16 +7,17 @@ import torch
 
 from knowpatch.editing import choose, edit
 from knowpatch.errors import OptionError
+from knowpatch.method import Shape
 from knowpatch.parts.pilots import pilots
-from knowpatch.parts.sparing import BANK, MOST, SHARE, elsewhere, span
+from knowpatch.parts.sparing import BANK, MOST, SHARE, WITH_TEXT, elsewhere, span, strongest
 from knowpatch.request import EditRequest
 
 FACT = EditRequest(prompt="The capital of France is", subject="France", target="Rome")
 QUICK = {"steps": 3, "learning_rate": 1e-2, "enough": 1e-9}
 METHODS = {
     "ft": QUICK,
-    "locft_bf": QUICK,
-    "lora": {**QUICK, "layers": [1, 2], "modules": ["mlp.out", "attn.v"]},
+    "locft_bf": {**QUICK, "tokens": 300},
+    "lora": {**QUICK, "tokens": 300, "layers": [1, 2], "modules": ["mlp.out", "attn.v"]},
     "adalora": {**QUICK, "steps": 14, "layers": [1]},
 }
 
@@ -34,7 +35,8 @@ def test_the_change_adds_nothing_at_what_is_spared(known, architecture, name):
         method = choose(name, {**METHODS[name], "others": others})
         roles = {role.address: role for role in method.trained(model.view, [FACT])}
         spare = choose(name, {**METHODS[name], "others": 4})
-        spared = spare.spared(model.view, [FACT], list(roles.values()))
+        read = spare.prepare(model.view)
+        spared = spare.spared(model.view, [FACT], list(roles.values()), read)
         for delta in edit(model, FACT, method=method).deltas:
             role = roles[delta.address]
             through = delta.change.through(spared[role.module].T, role.stored_in_out)
@@ -54,6 +56,33 @@ def test_what_is_spared_is_spanned():
     many_IK = span([[common + 0.1 * _random(200, 40)]])
     assert many_IK.shape == (40, int(SHARE * 40))
     assert float((many_IK.T @ common).norm()) > 0.99
+
+
+def test_text_is_spared_where_it_is_strongest():
+    """Beside the groups, as one of them; half of all directions at most, a third without."""
+    energies_I = 0.7 ** torch.arange(40.0).double()
+    turned_II = torch.linalg.qr(_random(40, 40).double()).Q
+    text_KI = strongest(turned_II * energies_I @ turned_II.T)
+    assert text_KI.shape == (20, 40)
+    assert torch.allclose(text_KI.square().sum(1).flip(0), (energies_I / energies_I.sum())[:20])
+    basis_IK = span([[few_NI := _random(3, 40)]], text_KI)
+    assert basis_IK.shape == (40, int(WITH_TEXT * 40))
+    assert span([[_random(200, 40)]]).shape == (40, int(SHARE * 40))
+    for inputs_NI in (few_NI.double(), turned_II[:, :5].T):
+        left_NI = inputs_NI - inputs_NI @ basis_IK.double() @ basis_IK.double().T
+        assert bool((left_NI.norm(dim=1) < 0.1 * inputs_NI.norm(dim=1)).all())
+
+
+def test_text_is_read_only_where_something_is_spared(known):
+    """Once, by `prepare`, and not where nothing is spared anyway."""
+    view = known("llama").view
+    shape = Shape(len(view.roles.blocks), 48, 96, view.fingerprint)
+    reading = choose("locft_bf", {"tokens": 300})
+    assert set(reading.prepare(view)) == {role.module for role in reading.trained(view, [FACT])}
+    assert all(item.path.is_file() for item in reading.preparations(shape))
+    for given in ({"tokens": 0}, {"others": 0}, {"chat": True}):
+        assert choose("locft_bf", given).prepare(view) == {}
+        assert choose("locft_bf", given).preparations(shape) == []
 
 
 def test_other_names_stand_in_for_the_subject():
@@ -91,7 +120,7 @@ def test_a_pilot_fact_about_the_subject_is_not_spared(known):
     method, view = choose("ft", {"others": 1}), known("llama").view
     read = []
     method.progress = lambda stage, done, total: read.append(total)
-    method.spared(view, [one], method.trained(view, [one]))
+    method.spared(view, [one], method.trained(view, [one]), {})
     about = sum(one.subject in each.prompt for each in pilots())
     assert about
     assert set(read) == {1, len(pilots()) - about}
@@ -113,9 +142,9 @@ def test_what_is_erased_spares_nothing(known):
     method, view = choose("ft", {"others": 4}), known("llama").view
     erased = EditRequest(prompt=FACT.prompt, subject="France", old="Paris", kind="erase")
     roles = method.trained(view, [FACT])
-    assert method.spared(view, [FACT], roles)
-    assert method.spared(view, [FACT, erased], roles) == {}
-    assert choose("ft", {"chat": True}).spared(view, [FACT], roles) == {}
+    assert method.spared(view, [FACT], roles, {})
+    assert method.spared(view, [FACT, erased], roles, {}) == {}
+    assert choose("ft", {"chat": True}).spared(view, [FACT], roles, {}) == {}
 
 
 def test_a_bound_and_sparing_exclude_each_other(known):

@@ -192,18 +192,14 @@ class Located(Valued):
 
     def preparations(self, shape: Shape) -> list[Preparation]:
         items = super().preparations(shape)
-        for number, block in enumerate(self.layers(shape.layers)):
-            path = moments.kept_at(
-                shape.fingerprint,
-                ROLE,
-                block,
-                text=self.config.text,
-                tokens=self.config.tokens,
-                seed=self.seed,
-            )
-            what = f"key statistics of block {block} ({moments.text_name(self.config.text)})"
-            # One pass collects them all.
-            items.append(Preparation(what, path, 0 if number else self.config.tokens))
+        items += moments.preparations(
+            shape,
+            ROLE,
+            self.layers(shape.layers),
+            text=self.config.text,
+            tokens=self.config.tokens,
+            seed=self.seed,
+        )
         if self.config.anchor is not None:
             tokens = ANCHORS * 30 * self.config.steps
             items.append(Preparation("anchor", self._anchor_path(shape.fingerprint), tokens))

@@ -27,6 +27,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from knowpatch.files import kept_in, write_atomically
+from knowpatch.method import Preparation, Shape
 from knowpatch.models.hooks import Hook, Reached, registered
 from knowpatch.models.load import device_for, fast_dtype
 from knowpatch.models.passes import Tap
@@ -177,9 +178,52 @@ def kept_at(
     return kept_in("moments", content, ".safetensors")
 
 
-def text_name(source: str | None) -> str:
-    """What the text that `source` names is called."""
-    return find_text(source).name
+def preparations(
+    shape: Shape,
+    role: str,
+    layers: Sequence[int],
+    *,
+    text: str | None,
+    tokens: int,
+    seed: int,
+    gradients: bool = False,
+) -> list[Preparation]:
+    """What `key_moments` keeps for a model of this shape. One pass collects all that is missing.
+
+    Raises:
+        InputError: `text` cannot be found.
+    """
+    asked: dict[str, Any] = {"text": text, "tokens": tokens, "seed": seed, "gradients": gradients}
+    kind = "gradient" if gradients else "key"
+    passed = tokens * (3 if gradients else 1)  # with gradients it goes back as well
+    return [
+        Preparation(
+            f"{kind} statistics of block {layer} ({find_text(text).name})",
+            kept_at(shape.fingerprint, role, layer, **asked),
+            0 if number else passed,
+        )
+        for number, layer in enumerate(layers)
+    ]
+
+
+def eigen(second_II: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (I), rising, and eigenvectors (I, I) as columns, float64."""
+    values_I, vectors_II = torch.linalg.eigh((second_II + second_II.T) / 2)
+    return values_I, vectors_II.contiguous()
+
+
+def kept_eigen(second_II: Tensor) -> tuple[Tensor, Tensor]:
+    """As `eigen`, kept on disk by the content of the matrix."""
+    content = hashlib.sha256(second_II.numpy().tobytes()).hexdigest()
+    path = kept_in("eigen", content, ".safetensors")
+    try:
+        kept = load(path.read_bytes())
+        return kept["values"], kept["vectors"]
+    except (OSError, KeyError, SafetensorError):
+        pass
+    values_I, vectors_II = eigen(second_II)
+    write_atomically(path, save({"values": values_I, "vectors": vectors_II}))
+    return values_I, vectors_II
 
 
 def _digest(*parts: Any) -> str:

@@ -1,25 +1,20 @@
 """The null space of key statistics: the directions in which keys over text have least energy.
 
-Eigenvectors are found in float64 and kept on disk by the content of the matrix. Axes: I width of
-the map's input, J dimensions of the space.
+Axes: I width of the map's input, J dimensions of the space.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Mapping
 from typing import ClassVar
 
-import torch
 from pydantic import Field
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from knowpatch.errors import EditError
-from knowpatch.files import kept_in, write_atomically
 from knowpatch.parts.keep import Null, for_gain
+from knowpatch.parts.moments import eigen, kept_eigen
 from knowpatch.parts.solve import Form, energies
 from knowpatch.parts.space import Space
 from knowpatch.parts.spread import SpreadConfig
@@ -76,23 +71,3 @@ def below_share(values_I: Tensor, share: float) -> float:
     held_I = values_I.clamp(min=0).cumsum(0)
     count = int((held_I <= share * held_I[-1]).sum())
     return float(values_I[min(count, len(values_I) - 1)])
-
-
-def eigen(second_II: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (I), rising, and eigenvectors (I, I) as columns, float64."""
-    values_I, vectors_II = torch.linalg.eigh((second_II + second_II.T) / 2)
-    return values_I, vectors_II.contiguous()
-
-
-def kept_eigen(second_II: Tensor) -> tuple[Tensor, Tensor]:
-    """As `eigen`, kept on disk by the content of the matrix."""
-    content = hashlib.sha256(second_II.numpy().tobytes()).hexdigest()
-    path = kept_in("eigen", content, ".safetensors")
-    try:
-        kept = load_file(path)
-        return kept["values"], kept["vectors"]
-    except (FileNotFoundError, KeyError, SafetensorError):
-        pass
-    values_I, vectors_II = eigen(second_II)
-    write_atomically(path, save({"values": values_I, "vectors": vectors_II}))
-    return values_I, vectors_II

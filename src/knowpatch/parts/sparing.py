@@ -7,25 +7,28 @@ input side,
 
     delta W (1 - U U^T),   U (I, K) orthonormal,
 
-all the way through (AlphaEdit's projection, arXiv 2410.02355, from a few prompts instead of a
-text's moments). What is left is what the subject itself brings in, so that the answer is learned at
-it. Axes: N tokens, I width of a map's input, K directions that are spared.
+all the way through (AlphaEdit's projection, arXiv 2410.02355, from a few prompts). What is left is
+what the subject itself brings in, so that the answer is learned at it. Many facts in one matrix
+show up in text of any kind as well; for these what text mostly brings in is spared too (option
+`tokens`). Axes: N tokens, I width of a map's input, K directions that are spared.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from knowpatch.method import MethodConfig
+from knowpatch.method import MethodConfig, Preparation, Shape
 from knowpatch.models.passes import Tap
 from knowpatch.models.roles import LinearRole
 from knowpatch.models.view import ModelView
+from knowpatch.parts import moments
 from knowpatch.parts.pilots import pilots
 from knowpatch.parts.spans import subject_spans
 from knowpatch.parts.tuned import Tuned
@@ -37,8 +40,8 @@ BANK = 60
 """Pilot facts whose subjects these are; none comes twice among them."""
 MOST = 128
 """Prompts with such names, however many requests there are."""
-SHARE = 1 / 3
-"""Of a map's input that is spared at most: a change needs room."""
+SHARE, WITH_TEXT = 1 / 3, 1 / 2
+"""Of a map's input that is spared at most, without and with text: a change needs room."""
 LEAST = 1e-3
 """Directions weaker than this share of the strongest are not spared."""
 TOGETHER = 64
@@ -55,13 +58,43 @@ class SparingConfig(MethodConfig):
         description="names in the subject's place at which, as at where other prompts end, nothing "
         "changes; 0, in a chat or if a request erases: nothing is spared, as published",
     )
+    tokens: int = Field(
+        0, ge=0, description="tokens of ordinary text that is spared besides, where it is strongest"
+    )
 
 
 class Sparing(Tuned):
     """Trains changes that add nothing at other names and where other prompts end."""
 
+    def prepare(self, view: ModelView) -> dict[str, Tensor]:
+        """By module, what text brings in, strongest first to be spared (K, I); none without."""
+        text, layers = self._text(), self.layers(len(view.roles.blocks))
+        if text is None:
+            return {}
+        return {
+            view.roles.linear(role, layer).module: strongest(each.mean())
+            for role in self.wanted_roles()
+            for layer, each in moments.key_moments(
+                view, role, layers, **text, progress=self.progress
+            ).items()
+        }
+
+    def preparations(self, shape: Shape) -> list[Preparation]:
+        text, layers = self._text(), self.layers(shape.layers)
+        if text is None:
+            return []
+        return [
+            item
+            for role in self.wanted_roles()
+            for item in moments.preparations(shape, role, layers, **text)
+        ]
+
     def spared(
-        self, view: ModelView, requests: Sequence[EditRequest], roles: Sequence[LinearRole]
+        self,
+        view: ModelView,
+        requests: Sequence[EditRequest],
+        roles: Sequence[LinearRole],
+        prepared: Mapping[str, Tensor],
     ) -> Mapping[str, Tensor]:
         # What is unlearned is no subject's own: it ought to be refused whoever is asked about. In a
         # chat the names' rows end in the very tokens at which the answer has to be learned.
@@ -74,7 +107,16 @@ class Sparing(Tuned):
         ends = self._inputs(view, modules, away, -1)
         if not any((*names.values(), *ends.values())):
             return {}
-        return {module: span([names[module], ends[module]]) for module in modules}
+        return {
+            module: span([names[module], ends[module]], prepared.get(module)) for module in modules
+        }
+
+    def _text(self) -> dict[str, Any] | None:
+        """Which text's statistics are read; None where none is spared."""
+        config = self.config
+        if not (config.tokens and config.others) or config.chat:
+            return None
+        return {"text": config.text, "tokens": config.tokens, "seed": self.seed}
 
     def _inputs(
         self, view: ModelView, modules: Sequence[str], prompts: Sequence[str], first: int
@@ -122,13 +164,27 @@ def _alike(pilot: EditRequest, request: EditRequest) -> bool:
     return pilot.prompt == request.prompt or subject in request.prompt.casefold()
 
 
-def span(groups: Sequence[Sequence[Tensor]]) -> Tensor:
+def strongest(second_II: Tensor) -> Tensor:
+    """The strongest directions of a second moment (I, I) as inputs (K, I), float64, whose squares
+    are their shares of its energy."""
+    values_I, vectors_II = moments.kept_eigen(second_II)
+    most = int(WITH_TEXT * len(values_I))
+    shares_K = values_I[-most:].clamp(min=0) / values_I.sum()
+    return vectors_II[:, -most:].T * shares_K.sqrt()[:, None]
+
+
+def span(groups: Sequence[Sequence[Tensor]], text_KI: Tensor | None = None) -> Tensor:
     """Orthonormal columns U (I, K) that span groups of inputs (N, I), each input counted as a
-    direction and each group as much as another; of many the strongest."""
+    direction and each group, and text as `strongest` gives it, as much as another; of many the
+    strongest."""
     units = [normalize(torch.cat(list(some)).double(), dim=1) for some in groups if some]
-    scaled_NI = torch.cat([units_NI / len(units_NI) ** 0.5 for units_NI in units])
+    scaled = [units_NI / len(units_NI) ** 0.5 for units_NI in units]
+    if text_KI is not None:
+        scaled.append(text_KI.to(scaled[0].device))
+    scaled_NI = torch.cat(scaled)
     _, sizes, right_KI = torch.linalg.svd(scaled_NI, full_matrices=False)
-    most = int(SHARE * scaled_NI.shape[1])
+    share = SHARE if text_KI is None else WITH_TEXT
+    most = int(share * scaled_NI.shape[1])
     kept = int((sizes > LEAST * sizes[0]).sum())
     chosen: Tensor = right_KI[: min(kept, most)].T.float().contiguous()
     return chosen

@@ -206,7 +206,7 @@ class Tuned(EditMethod):
     ) -> Patch:
         examples = [part for request in requests for part in self.examples(view, request)]
         roles = self.trained(view, requests)
-        spared = self.spared(view, requests, roles)
+        spared = self.spared(view, requests, roles, prepared)
         maps = [
             Trial(role, self.change(view, role, prepared, state), spared.get(role.module))
             for role in roles
@@ -219,7 +219,11 @@ class Tuned(EditMethod):
         return self.patch(view, requests, deltas=deltas, traces=self.traces(view, passes, roles))
 
     def spared(
-        self, view: ModelView, requests: Sequence[EditRequest], roles: Sequence[LinearRole]
+        self,
+        view: ModelView,
+        requests: Sequence[EditRequest],
+        roles: Sequence[LinearRole],
+        prepared: Any,
     ) -> Mapping[str, Tensor]:
         """By module, inputs (I, K), orthonormal, that the changes add nothing to."""
         return {}

@@ -182,24 +182,19 @@ class CrispEdit(Tuned):
         return traces
 
     def preparations(self, shape: Shape) -> list[Preparation]:
-        items = []
-        for gradients in (False, True):
-            for number, layer in enumerate(self.layers(shape.layers)):
-                path = moments.kept_at(
-                    shape.fingerprint,
-                    self.config.module,
-                    layer,
-                    text=self.config.text,
-                    tokens=self.config.tokens,
-                    seed=self.seed,
-                    gradients=gradients,
-                )
-                kind = "gradient" if gradients else "key"
-                what = f"{kind} statistics of block {layer} ({moments.text_name(self.config.text)})"
-                # One pass collects them all; one with gradients goes back as well.
-                tokens = self.config.tokens * (3 if gradients else 1)
-                items.append(Preparation(what, path, 0 if number else tokens))
-        return items
+        return [
+            item
+            for gradients in (False, True)
+            for item in moments.preparations(
+                shape,
+                self.config.module,
+                self.layers(shape.layers),
+                text=self.config.text,
+                tokens=self.config.tokens,
+                seed=self.seed,
+                gradients=gradients,
+            )
+        ]
 
 
 def root(rows_NI: Tensor) -> Tensor:
