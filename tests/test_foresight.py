@@ -13,6 +13,7 @@ from shell import FRANCE, run
 from knowpatch.checks.foresight import NEAREST, foresee
 from knowpatch.editing import edit
 from knowpatch.models.passes import Tap
+from knowpatch.parts.reach import Question, reach
 from knowpatch.request import EditRequest
 
 REQUEST = EditRequest(prompt=FRANCE[1], subject="France", target=tiny.EDITS[FRANCE[1]])
@@ -54,9 +55,12 @@ def _key(model, request: EditRequest) -> torch.Tensor:
         for role in block.linears.values()
         if role.address.parameter in model.view.originals
     )
+    return _key_of(model, Tap(layer.module, "input"), request)
+
+
+def _key_of(model, tap: Tap, request: EditRequest) -> torch.Tensor:
     end = request.prompt.index(request.subject) + len(request.subject)
     place = len(model.encode(request.prompt[:end]).ids) - 1
-    tap = Tap(layer.module, "input")
     run = model.view.run([model.encode(request.prompt).ids], taps=[tap])
     return run.at(tap, [(0, place)])[0]
 
@@ -70,6 +74,21 @@ def test_the_nearest_come_first_and_the_edited_prompt_is_not_among_them(known):
     assert reaches == sorted(reaches, reverse=True)
     assert REQUEST.prompt not in {one.prompt for one in found.controls}
     assert found.earlier == ()
+
+
+def test_without_a_subject_an_edit_acts_where_it_acts_most(known):
+    """Not at its prompt's end, where a trained change adds little or nothing."""
+    model, request = known("llama"), REQUEST.model_copy(update={"subject": None})
+    patch = edit(model, request, method="ft", options={"learning_rate": 1e-2})
+    (delta,) = patch.deltas
+    tap = Tap(delta.address.parameter.removesuffix(".weight"), "input")
+    ids = model.encode(request.prompt).ids
+    run = model.view.run([ids], taps=[tap])
+    added_TD = run.at(tap, [(0, at) for at in range(len(ids))]) @ delta.change.delta.T
+    assert added_TD[-1].norm() < 0.9 * added_TD.norm(dim=1).max()
+    named = reach(model.view, patch, [Question(NILE.prompt, "Nile")]).tolist()
+    key_D = _key_of(model, tap, NILE) @ delta.change.delta.T
+    assert named == pytest.approx([float(key_D.norm() / added_TD.norm(dim=1).max())], rel=1e-3)
 
 
 def test_what_changes_no_weight_reaches_nothing(known):

@@ -1,9 +1,11 @@
 """Reach: how strongly a patch's weight changes act where other questions are recalled.
 
-A fact is recalled at a key: what enters a changed map at the last token of its subject (or of its
-prompt, where no subject is known). Of a change DW, |DW k| over all changed maps says how much it
-adds there; divided by the same at the keys that it was made for, 1 means: as much as at its own.
-Two edits whose keys collide write over each other. Axes: P questions, I a map's input.
+A fact is recalled at a key: what enters a changed map at the last token of its subject; where no
+subject is known, at that token of its prompt at which the changes add most, since not every change
+acts at a prompt's end (parts/sparing.py). Of a change DW, |DW k| over all changed maps says how
+much it adds there; divided by the same at the keys that it was made for, 1 means: as much as at its
+own. Two edits whose keys collide write over each other. Axes: P questions, N their tokens, I a
+map's input.
 """
 
 from __future__ import annotations
@@ -66,17 +68,19 @@ def _added(
 ) -> Tensor:
     """The norm of what the changes add at the questions' keys, over all changed maps (P)."""
     rows = [view.encode(q.prompt, chat=q.chat) for q in questions]
-    places = [
-        (i, subject_position(row, q.subject) if q.subject else len(row.ids) - 1)
-        for i, (q, row) in enumerate(zip(questions, rows, strict=True))
+    tokens = [
+        [subject_position(row, q.subject)] if q.subject else range(len(row.ids))
+        for q, row in zip(questions, rows, strict=True)
     ]
+    places = [(i, token) for i, some in enumerate(tokens) for token in some]
     taps = {role.module: Tap(role.module, "input") for _, role in changes}
     run = view.run([row.ids for row in rows], taps=list(taps.values()))
-    squares_P = torch.zeros(len(questions), dtype=torch.float64)  # a square may be beyond float32
+    squares_N = torch.zeros(len(places), dtype=torch.float64)  # a square may be beyond float32
     for delta, role in changes:
-        keys_PI = run.at(taps[role.module], places).float()
+        keys_NI = run.at(taps[role.module], places).float()
         shape = view.parameter(delta.address.parameter).shape
         outputs = int(shape[1] if role.stored_in_out else shape[0])
-        added_PD = delta.through(keys_PI, outputs, role.stored_in_out)
-        squares_P += added_PD.double().square().sum(-1).cpu()
-    return squares_P.sqrt()
+        added_ND = delta.through(keys_NI, outputs, role.stored_in_out)
+        squares_N += added_ND.double().square().sum(-1).cpu()
+    each = squares_N.sqrt().split([len(some) for some in tokens])
+    return torch.stack([some_N.amax() for some_N in each])
