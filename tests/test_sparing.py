@@ -79,7 +79,11 @@ def test_text_is_read_only_where_something_is_spared(known):
     shape = Shape(len(view.roles.blocks), 48, 96, view.fingerprint)
     reading = choose("locft_bf", {"tokens": 300})
     assert set(reading.prepare(view)) == {role.module for role in reading.trained(view, [FACT])}
-    assert all(item.path.is_file() for item in reading.preparations(shape))
+    (item,) = reading.preparations(shape)
+    assert item.path.is_file()
+    assert item.tokens == round(300 * (reading.layers(shape.layers)[0] + 1) / shape.layers)
+    bare = choose("locft_bf", {"tokens": 0}).cost(shape, [10])
+    assert reading.cost(shape, [10]).extra_bytes == bare.extra_bytes + 24 * 96**2
     for given in ({"tokens": 0}, {"others": 0}, {"chat": True}):
         assert choose("locft_bf", given).prepare(view) == {}
         assert choose("locft_bf", given).preparations(shape) == []
@@ -149,7 +153,8 @@ def test_what_is_erased_spares_nothing(known):
 
 def test_a_bound_and_sparing_exclude_each_other(known):
     """Given both, a clear error; a bound alone holds exactly, and nothing is spared."""
-    with pytest.raises(OptionError, match="others"):
-        choose("ft", {"bound": 1e-3, "others": 4})
+    for given in ({"others": 4}, {"tokens": 300}):
+        with pytest.raises(OptionError, match=r"^options of ft: within a bound nothing is spared"):
+            choose("ft", {"bound": 1e-3, **given})
     (delta,) = edit(known("llama"), FACT, method="ft", options={**QUICK, "bound": 1e-3}).deltas
     assert float(delta.change.delta.abs().max()) == pytest.approx(1e-3)

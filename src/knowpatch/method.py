@@ -191,8 +191,10 @@ class EditMethod(ABC):
             fault = error.errors()[0]
             name = ".".join(str(part) for part in fault["loc"])
             said = fault["msg"].removeprefix("Value error, ")
+            if not name:  # options that do not go together
+                raise OptionError(f"options of {cls.name}: {said}") from None
             raise OptionError(
-                f"option {name or 'values'} of {cls.name} cannot be {fault['input']!r}: {said}"
+                f"option {name} of {cls.name} cannot be {fault['input']!r}: {said}"
             ) from None
 
     def check(self, view: ModelView) -> None:

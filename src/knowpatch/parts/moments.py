@@ -188,14 +188,17 @@ def preparations(
     seed: int,
     gradients: bool = False,
 ) -> list[Preparation]:
-    """What `key_moments` keeps for a model of this shape. One pass collects all that is missing.
+    """What `key_moments` keeps for a model of this shape. One pass collects all that is missing;
+    it counts as so many tokens through the whole model.
 
     Raises:
         InputError: `text` cannot be found.
     """
     asked: dict[str, Any] = {"text": text, "tokens": tokens, "seed": seed, "gradients": gradients}
     kind = "gradient" if gradients else "key"
-    passed = tokens * (3 if gradients else 1)  # with gradients it goes back as well
+    # Forward it ends at the last of the blocks; with gradients it goes up to the loss and back.
+    depth = (max(layers, default=0) + 1) / shape.layers
+    passed = 3 * tokens if gradients else round(tokens * depth)
     return [
         Preparation(
             f"{kind} statistics of block {layer} ({find_text(text).name})",

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from knowpatch.method import MethodConfig, Preparation, Shape
+from knowpatch.method import Cost, MethodConfig, Preparation, Shape
 from knowpatch.models.passes import Tap
 from knowpatch.models.roles import LinearRole
 from knowpatch.models.view import ModelView
@@ -59,7 +60,10 @@ class SparingConfig(MethodConfig):
         "changes; 0, in a chat or if a request erases: nothing is spared, as published",
     )
     tokens: int = Field(
-        0, ge=0, description="tokens of ordinary text that is spared besides, where it is strongest"
+        0,
+        ge=0,
+        description="tokens of ordinary text that is spared besides, where it is strongest; only "
+        "where others are",
     )
 
 
@@ -67,7 +71,7 @@ class Sparing(Tuned):
     """Trains changes that add nothing at other names and where other prompts end."""
 
     def prepare(self, view: ModelView) -> dict[str, Tensor]:
-        """By module, what text brings in, strongest first to be spared (K, I); none without."""
+        """By module, the strongest directions of what text brings in (K, I), if it is spared."""
         text, layers = self._text(), self.layers(len(view.roles.blocks))
         if text is None:
             return {}
@@ -88,6 +92,12 @@ class Sparing(Tuned):
             for role in self.wanted_roles()
             for item in moments.preparations(shape, role, layers, **text)
         ]
+
+    def cost(self, shape: Shape, lengths: Sequence[int]) -> Cost:
+        found = super().cost(shape, lengths)
+        # Text's statistics, their eigenvectors, and the half of these that is spared.
+        text = 0 if self._text() is None else 3 * 8 * shape.inner**2
+        return replace(found, extra_bytes=found.extra_bytes + text)
 
     def spared(
         self,

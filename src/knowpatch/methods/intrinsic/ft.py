@@ -75,8 +75,8 @@ class FtConfig(TunedConfig, SparingConfig):
 
     @model_validator(mode="after")
     def _possible(self) -> FtConfig:
-        if self.bound is not None and self.others:
-            raise ValueError("others cannot be kept within a bound: give one of the two")
+        if self.bound is not None and (self.others or self.tokens):
+            raise ValueError("within a bound nothing is spared: leave out others and tokens")
         return self
 
 

@@ -22,7 +22,7 @@ DEPTH = 4 / 30
 """The block to edit, as a share of the depth; published: 22 of 32, and 6 of 28.
 
 With 200 facts in SmolLM2 and nothing spared the perplexity of other text was 1.27 of what it was at
-block 4, and 1.7 at block 20.
+block 4, and 1.7 at block 20. Each of the other defaults has its row in benchmarks/README.md.
 """
 PUBLISHED = {
     "enough": 1e-2,
@@ -41,8 +41,6 @@ class LocftConfig(TunedConfig, SparingConfig):
     steps: int = Field(80, ge=1, description="passes over the requests, at most (published: 25)")
     learning_rate: float = Field(4e-3, gt=0, le=1e30, description="of Adam; published: 5e-4")
     batch_size: int = Field(16, ge=1, description="rows per step (published: 100)")
-    # Of two lots of 200 facts (24 scored, SmolLM2): without decay, down to 0.2, success is .94 and
-    # the perplexity of encyclopaedia text 1.09; with .3 .99 and 1.06, with 1 .82 and 1.04.
     enough: float = Field(
         0.1, gt=0, description="stop when the mean loss is below this (published: 0.01)"
     )
@@ -54,7 +52,10 @@ class LocftConfig(TunedConfig, SparingConfig):
     )
     eos: bool = Field(True, description="learn to stop after the answer")
     tokens: int = Field(
-        20_000, ge=0, description="tokens of ordinary text that is spared besides (others > 0)"
+        20_000,
+        ge=0,
+        description="tokens of ordinary text that is spared besides, where it is strongest; only "
+        "where others are",
     )
 
 
