@@ -110,6 +110,7 @@ def test_the_wanted_reply_takes_and_text_stays():
             "steps": 60,
             "enough": 1e-2,
             "layer": method.located(model.view, BAD),
+            "others": 0,
         },
     )
     rows = [e.row for e in method.besides(model.view)]

@@ -85,7 +85,7 @@ def test_a_box_around_the_base_holds_over_a_sequence():
 
 
 def test_one_matrix_changes_and_the_others_keep_their_bits(known):
-    """Breadth-first training of twenty facts touches one tensor."""
+    """Breadth-first training of many facts touches one tensor."""
     model = known("llama")
     before = {name: p.detach().clone() for name, p in model.model.named_parameters()}
     patch = edit(model, FACTS, method="locft_bf", options={"learning_rate": 1e-2})
