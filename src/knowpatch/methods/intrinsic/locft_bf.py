@@ -30,6 +30,7 @@ PUBLISHED = {
     "steps": 25,
     "batch_size": 100,
     "weight_decay": 0.0,
+    "precision": "model",
     "others": 0,
 }
 

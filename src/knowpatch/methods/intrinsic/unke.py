@@ -46,6 +46,7 @@ PUBLISHED = {
     "learning_rate": 0.5,
     "clamp": 4.0,
     "weight_decay": 1e-3,
+    "enough": 1e-9,  # all steps are made
     "block_steps": 50,
     "block_rate": 2e-4,
 }
