@@ -195,13 +195,13 @@ def preparations(
         InputError: `text` cannot be found.
     """
     asked: dict[str, Any] = {"text": text, "tokens": tokens, "seed": seed, "gradients": gradients}
-    kind = "gradient" if gradients else "key"
+    kind, source = "gradient" if gradients else "key", find_text(text).name
     # Forward it ends at the last of the blocks; with gradients it goes up to the loss and back.
     depth = (max(layers, default=0) + 1) / shape.layers
     passed = 3 * tokens if gradients else round(tokens * depth)
     return [
         Preparation(
-            f"{kind} statistics of block {layer} ({find_text(text).name})",
+            f"{kind} statistics of block {layer} ({source})",
             kept_at(shape.fingerprint, role, layer, **asked),
             0 if number else passed,
         )

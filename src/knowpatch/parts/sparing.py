@@ -47,6 +47,9 @@ LEAST = 1e-3
 """Directions weaker than this share of the strongest are not spared."""
 TOGETHER = 64
 """Prompts that are read in one pass."""
+TEXT = (
+    "tokens of ordinary text that is spared besides, where it is strongest; only where others are"
+)
 
 
 class SparingConfig(MethodConfig):
@@ -59,12 +62,7 @@ class SparingConfig(MethodConfig):
         description="names in the subject's place at which, as at where other prompts end, nothing "
         "changes; 0, in a chat or if a request erases: nothing is spared, as published",
     )
-    tokens: int = Field(
-        0,
-        ge=0,
-        description="tokens of ordinary text that is spared besides, where it is strongest; only "
-        "where others are",
-    )
+    tokens: int = Field(0, ge=0, description=TEXT)
 
 
 class Sparing(Tuned):
@@ -106,10 +104,9 @@ class Sparing(Tuned):
         roles: Sequence[LinearRole],
         prepared: Mapping[str, Tensor],
     ) -> Mapping[str, Tensor]:
-        # What is unlearned is no subject's own: it ought to be refused whoever is asked about. In a
-        # chat the names' rows end in the very tokens at which the answer has to be learned.
+        # What is unlearned is no subject's own: it ought to be refused whoever is asked about.
         erases = any(one.kind == "erase" for one in requests)
-        if not self.config.others or self.config.chat or erases:
+        if not self._spares() or erases:
             return {}
         away = [one.prompt for one in pilots() if not any(_alike(one, each) for each in requests)]
         modules = list(dict.fromkeys(role.module for role in roles))
@@ -121,10 +118,14 @@ class Sparing(Tuned):
             module: span([names[module], ends[module]], prepared.get(module)) for module in modules
         }
 
+    def _spares(self) -> bool:
+        # In a chat the names' rows end in the very tokens at which the answer has to be learned.
+        return bool(self.config.others) and not self.config.chat
+
     def _text(self) -> dict[str, Any] | None:
         """Which text's statistics are read; None where none is spared."""
         config = self.config
-        if not (config.tokens and config.others) or config.chat:
+        if not (config.tokens and self._spares()):
             return None
         return {"text": config.text, "tokens": config.tokens, "seed": self.seed}
 

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from knowpatch.method import register
 from knowpatch.models.roles import at_depth
-from knowpatch.parts.sparing import Sparing, SparingConfig
+from knowpatch.parts.sparing import TEXT, Sparing, SparingConfig
 from knowpatch.parts.tuned import TunedConfig
 
 DEPTH = 4 / 30
@@ -52,12 +52,7 @@ class LocftConfig(TunedConfig, SparingConfig):
         "(published: 0)",
     )
     eos: bool = Field(True, description="learn to stop after the answer")
-    tokens: int = Field(
-        20_000,
-        ge=0,
-        description="tokens of ordinary text that is spared besides, where it is strongest; only "
-        "where others are",
-    )
+    tokens: int = Field(20_000, ge=0, description=TEXT)
 
 
 @register("locft_bf")
